@@ -1,0 +1,42 @@
+"""lowrank_ds: low-rank optimizers that give the same weights however the model is sharded.
+
+Importing registers the algorithms with `torch.optim`, so that a ds_config can name them:
+``"optimizer": {"type": "FiraAdamW", "params": {"lr": 0.01, "rank": 128}}``.
+"""
+
+import torch as _torch
+
+from lowrank_ds.algorithms import ALGORITHMS as _ALGORITHMS
+from lowrank_ds.algorithms import ApolloAdamW, ApolloMini, FiraAdamW, Flora, GaLoreAdafactor, GaLoreAdamW
+from lowrank_ds.memory import state_bytes
+from lowrank_ds.params import divide_params, param_groups
+from lowrank_ds.version import __version__
+
+
+__all__ = [
+    "__version__",
+    "ApolloAdamW",
+    "ApolloMini",
+    "FiraAdamW",
+    "Flora",
+    "GaLoreAdafactor",
+    "GaLoreAdamW",
+    "divide_params",
+    "param_groups",
+    "state_bytes",
+]
+
+
+def _register() -> None:
+    """Put the algorithms where DeepSpeed resolves `optimizer.type` (it looks the name up on torch.optim)."""
+    for cls in _ALGORITHMS:
+        existing = getattr(_torch.optim, cls.__name__, None)
+        if existing is not None and existing.__module__ != cls.__module__:
+            raise RuntimeError(
+                f"torch.optim.{cls.__name__} already exists ({existing.__module__}): another package registered the "
+                "same name. Import lowrank_ds first, or do not import the other one."
+            )
+        setattr(_torch.optim, cls.__name__, cls)
+
+
+_register()

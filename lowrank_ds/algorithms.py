@@ -1,0 +1,204 @@
+"""The algorithms: each is a declaration over the axes of a `Recipe`, in its paper's dialect.
+
+Notation: W, G m x n; B the basis, R the projected gradient, N the rule's direction for R, eta the learning rate.
+All accept `rank`, `target_modules`, `exclude` and the other options of `options.COMMON`; defaults are the packages'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lowrank_ds.optimizer import LowRankOptimizer
+from lowrank_ds.options import COMMON
+from lowrank_ds.recipe import Momentum, Recipe
+from lowrank_ds.residual import Drop, ScaleGradient, ScaleResidual
+from lowrank_ds.rules import Adafactor, Adam
+from lowrank_ds.subspace import Subspace
+
+_ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0, "correct_bias": True}
+_SVD = {"rank": 128, "update_proj_gap": 200, "subspace": "svd"}
+_ADAFACTOR = {
+    "lr": None, "eps": (1e-30, 1e-3), "clip_threshold": 1.0, "decay_rate": -0.8, "beta1": None, "weight_decay": 0.0,
+    "scale_parameter": True, "relative_step": None, "warmup_init": False,
+}  # fmt: skip
+
+
+def _subspace(group: Mapping[str, Any], every: str = "update_proj_gap", **fixed: Any) -> Subspace | None:
+    if group["rank"] is None:
+        return None
+    chosen = {"method": group.get("subspace", "gaussian"), "every": group[every]}
+    shared = {k: group[k] for k in ("rank", "proj_type", "on_refresh", "oversample", "stagger", "seed")}
+    how = Subspace(**shared, **{**chosen, **fixed})
+    if how.on_refresh == "rotate" and (how.method == "gaussian" or how.proj_type == "full"):
+        raise ValueError(
+            'on_refresh="rotate" needs one orthonormal basis: use subspace="svd", "randomized" or "power" and a '
+            'proj_type other than "full", or on_refresh="keep".'
+        )
+    if how.proj_type == "full" and how.method != "svd":
+        raise ValueError('proj_type="full" projects both sides and needs subspace="svd".')
+    return how
+
+
+def _orthonormal(how: Subspace | None, what: str) -> None:
+    if how is not None and (how.method == "gaussian" or how.proj_type == "full"):
+        raise ValueError(
+            f'{what} needs an orthonormal basis on one side: use subspace="svd", "randomized" or "power", and a '
+            'proj_type other than "full".'
+        )
+
+
+def _adam(group: Mapping[str, Any]) -> Adam:
+    if isinstance(group["eps"], (tuple, list)):
+        raise ValueError(f"eps must be one number, got {group['eps']}.")
+    return Adam(tuple(group["betas"]), group["eps"], group["correct_bias"])
+
+
+def _adafactor(group: Mapping[str, Any], **fixed: Any) -> Adafactor:
+    if not isinstance(group["eps"], (tuple, list)):
+        raise ValueError(f"eps must be two numbers (for squared gradients, for the parameter scale), got {group['eps']}.")
+    names = ("clip_threshold", "decay_rate", "beta1", "scale_parameter")
+    return Adafactor(eps=tuple(group["eps"]), **({n: group[n] for n in names} | fixed))
+
+
+class _AdamW(LowRankOptimizer):
+    @classmethod
+    def learning_rate(cls, group: Mapping[str, Any], step: int) -> float:
+        if group["lr"] is None:
+            raise ValueError("lr is null; AdamW-based algorithms need a learning rate.")
+        return float(group["lr"])
+
+
+class _Adafactor(LowRankOptimizer):
+    @classmethod
+    def learning_rate(cls, group: Mapping[str, Any], step: int) -> float:
+        """lr, or Adafactor's relative step min(1e-2 or 1e-6 t, 1 / sqrt(t)) when lr is not given."""
+        relative = group["lr"] is None if group["relative_step"] is None else group["relative_step"]
+        if relative and group["lr"] is not None:
+            raise ValueError("lr and relative_step=True exclude each other.")
+        if group["warmup_init"] and not relative:
+            raise ValueError("warmup_init=True requires relative_step=True.")
+        if not relative:
+            if group["lr"] is None:
+                raise ValueError("lr is null and relative_step is false: give one of them.")
+            return float(group["lr"])
+        return min(1e-6 * step if group["warmup_init"] else 1e-2, 1.0 / math.sqrt(step))
+
+
+class GaLoreAdamW(_AdamW):
+    """GaLore (arXiv:2403.03507, Algorithm 2; package galore-torch): Adam on P^T G, the residual dropped.
+
+    W <- (1 - eta wd) W - eta scale N B^T.
+
+    Options: lr, betas, eps (added to the uncorrected sqrt(v)), weight_decay, rank, update_proj_gap (T), scale,
+    proj_type ("std" compresses the shorter side; "reverse_std", "right", "left"; "full" both), subspace, on_refresh.
+    """
+
+    OPTIONS = {**_ADAMW, **_SVD, "scale": 0.25, **COMMON}
+
+    @classmethod
+    def recipe(cls, group: Mapping[str, Any]) -> Recipe:
+        """Adam in the subspace, residual dropped."""
+        return Recipe(_adam(group), _subspace(group), Drop(group["scale"]))
+
+
+class GaLoreAdafactor(_Adafactor):
+    """GaLore with Adafactor on the coordinates (galore-torch's GaLoreAdafactor).
+
+    Options as GaLoreAdamW's and Adafactor's; lr=None means Adafactor's relative step. With `beta1` the momentum is
+    taken before the learning rate (the package: after it; equal while lr is constant).
+    """
+
+    OPTIONS = {**_ADAFACTOR, **_SVD, "scale": 0.25, **COMMON}
+
+    @classmethod
+    def recipe(cls, group: Mapping[str, Any]) -> Recipe:
+        """Adafactor in the subspace, residual dropped."""
+        return Recipe(_adafactor(group), _subspace(group), Drop(group["scale"]))
+
+
+class FiraAdamW(_AdamW):
+    """Fira (arXiv:2410.01623, Algorithm 1; package fira): GaLore plus the norm-scaled, growth-limited residual.
+
+    residual="code" (the package): U = alpha N B^T + S, S = limit(phi o (G - alpha R B^T));
+    residual="paper":              U = alpha (N B^T + S), S = limit(phi o (G - R B^T)).
+
+    Options: as GaLoreAdamW with alpha in place of scale; scaling ("column" or "matrix"), limiter (growth, 1.01).
+    """
+
+    OPTIONS = {**_ADAMW, **_SVD, "alpha": 0.25, "residual": "code", "scaling": "column", "limiter": 1.01, **COMMON}
+
+    @classmethod
+    def recipe(cls, group: Mapping[str, Any]) -> Recipe:
+        """Adam in the subspace, residual scaled."""
+        how = _subspace(group)
+        _orthonormal(how, "Fira's residual")
+        limiter = math.inf if group["limiter"] is None else group["limiter"]
+        return Recipe(_adam(group), how, ScaleResidual(group["alpha"], group["residual"], group["scaling"], limiter))
+
+
+class ApolloAdamW(_AdamW):
+    """APOLLO (arXiv:2412.05270, Algorithm 1; package apollo-torch): the gradient scaled channel by channel.
+
+    W <- (1 - eta wd) W - eta sqrt(scale) s o G with s = |N| / |R|, R = G B, B seeded Gaussian (never stored).
+
+    Options: as GaLoreAdamW; scale enters as its square root (apollo-torch's convention, unlike GaLore's scale);
+    scale_type "channel" or "tensor"; scale_front; disable_nl switches the growth limiter off.
+    """
+
+    OPTIONS = {
+        **_ADAMW, **_SVD, "subspace": "gaussian", "scale": 1.0, "scale_type": "channel", "scale_front": False,
+        "disable_nl": False, **COMMON,
+    }  # fmt: skip
+    ALIASES = {"proj": lambda v: ("subspace", {"random": "gaussian"}.get(v, v))}
+
+    @classmethod
+    def recipe(cls, group: Mapping[str, Any]) -> Recipe:
+        """Adam in a random subspace, only its scaling used."""
+        if group["rank"] is not None and group["proj_type"] == "full":
+            raise ValueError('APOLLO scales one side: proj_type="full" has no meaning here.')
+        growth = None if group["disable_nl"] else 1.01
+        scaled = ScaleGradient(group["scale"], group["scale_type"] == "channel", growth, group["scale_front"])
+        return Recipe(_adam(group), _subspace(group), scaled)
+
+
+class ApolloMini(ApolloAdamW):
+    """APOLLO-Mini: rank 1, one scaling factor per matrix, scale 128 (arXiv:2412.05270, section 4.2)."""
+
+    OPTIONS = {**ApolloAdamW.OPTIONS, "rank": 1, "scale": 128.0, "scale_type": "tensor"}
+
+
+class Flora(_Adafactor):
+    """Flora (arXiv:2402.03293; package flora-opt): Adafactor whose momentum is kept in a random subspace.
+
+    u = Adafactor(G); U = (1 - b1) u + b1 M B^T; M <- b1 M + (1 - b1) u B; every kappa steps M <- M (B_old^T B_new).
+
+    Options are flora-opt's, in its order. beta1 defaults to 0.9 (the package's default None keeps no momentum, hence
+    compresses nothing; asking for it together with a rank raises). Matrices of any aspect ratio are compressed (the
+    package leaves those with max/min > 4 alone without saying so).
+    """
+
+    OPTIONS = {
+        "lr": None, "rank": 128, "kappa": 1000, "eps": (1e-30, 1e-3), "clip_threshold": 1.0, "decay_rate": -0.8,
+        "beta1": 0.9, "weight_decay": 0.0, "scale_parameter": True, "relative_step": None, "warmup_init": False,
+        "factorize_second_moment": True, "seed": 0, "quantization": False,
+        **{k: v for k, v in COMMON.items() if k not in ("seed", "on_refresh")},
+    }  # fmt: skip
+
+    @classmethod
+    def recipe(cls, group: Mapping[str, Any]) -> Recipe:
+        """Adafactor on everything, momentum compressed where projected."""
+        if group["rank"] is not None and not group["beta1"]:
+            raise ValueError(
+                f"beta1={group['beta1']} keeps no momentum, so rank={group['rank']} would compress nothing. Set beta1 "
+                "(0.9 in the paper), or rank=None for plain Adafactor."
+            )
+        if group["rank"] is not None and group["proj_type"] == "full":
+            raise ValueError('Flora compresses one side: proj_type="full" has no meaning here.')
+        rule = _adafactor(group, momentum_first=True, factored=group["factorize_second_moment"])
+        how = _subspace({**group, "on_refresh": "keep"}, "kappa", method="gaussian")
+        return Recipe(rule, how, Drop(), None if how is None else Momentum(group["beta1"]))
+
+
+ALGORITHMS = (GaLoreAdamW, GaLoreAdafactor, FiraAdamW, ApolloAdamW, ApolloMini, Flora)

@@ -1,0 +1,415 @@
+"""How ranks share a matrix, and the only code that talks to `torch.distributed` during a step.
+
+A matrix W (m x n) is a row-major string of m*n entries. Every sharding this package meets cuts that string:
+rank i of the group holds the entries ``[cuts[i], cuts[i + 1])``. Cuts may fall inside a row::
+
+    rank 0 |■■■■■■■|        m = 4, n = 7, cuts = (0, 10, 21, 28)
+           |■■■|□□□□|       rank 0 touches rows 0-1, rank 1 rows 1-2, rank 2 row 3
+    rank 1 |□□□□□□□|        row 1 is *cut*: sums over its columns need ranks 0 and 1
+    rank 2 |▣▣▣▣▣▣▣|
+
+The mathematics is written as generators that *ask* for what they need from the other holders (`Sum`, `Gather`,
+`Exchange`) and never see a process group. `run` advances the generators of many matrices in lock-step and serves
+all requests of a round with one collective per kind, so the number of collectives does not depend on depth.
+
+Legend: m rows, n columns, l rows this rank touches, r rank of the subspace, k holders (ranks with >= 1 entry).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Steps = Generator[Any, Any, Any]  # what the mathematics is made of: yields requests, is sent their answers
+
+
+# --- what a generator may ask for --------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Sum:
+    """Ask for the sum of `tensor` over all ranks of the group (every rank passes the same shape)."""
+
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Ask for the rows of a (total, ...) tensor that the holders keep in chunks (see `Layout.chunk`)."""
+
+    chunk: Tensor
+    total: int
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Ask to send `sends[j]` to rank j and to receive `receives[j]` entries (fp32, 1-D) from rank j."""
+
+    sends: Mapping[int, Tensor]
+    receives: Mapping[int, int]
+
+
+class Block(NamedTuple):
+    """A rectangle of the matrix that is contiguous in a rank's entries.
+
+    rows: rows of the matrix, counted from the first row the rank touches
+    cols: columns of the matrix
+    entries: where the rectangle lies in the rank's 1-D entries
+    """
+
+    rows: slice
+    cols: slice
+    entries: slice
+
+    def of(self, entries: Tensor) -> Tensor:
+        """The rectangle as a 2-D view of 1-D `entries`."""
+        return entries[self.entries].view(self.rows.stop - self.rows.start, self.cols.stop - self.cols.start)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which row-major entries of an m x n matrix each rank of `group` holds.
+
+    Args:
+        shape: (m, n).
+        cuts: world + 1 non-decreasing offsets; rank i holds entries [cuts[i], cuts[i + 1]). Known to every rank.
+        rank: this process's rank in `group`.
+        group: the process group, None when the matrix is whole.
+    """
+
+    shape: tuple[int, int]
+    cuts: tuple[int, ...]
+    rank: int = 0
+    group: Any = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        m, n = self.shape
+        if self.cuts[0] != 0 or self.cuts[-1] != m * n or any(a > b for a, b in itertools.pairwise(self.cuts)):
+            raise ValueError(f"cuts {self.cuts} do not partition the {m * n} entries of a {m}x{n} matrix")
+
+    @classmethod
+    def whole(cls, shape: tuple[int, int]) -> Layout:
+        """The layout of a matrix that one process holds completely."""
+        return cls(shape, (0, shape[0] * shape[1]))
+
+    # -- ranges ---------------------------------------------------------------------------------------------------
+    def span(self, rank: int) -> tuple[int, int]:
+        """The entries [start, stop) that `rank` holds."""
+        return self.cuts[rank], self.cuts[rank + 1]
+
+    def touched(self, rank: int) -> range:
+        """The rows of which `rank` holds at least one entry."""
+        start, stop = self.span(rank)
+        n = self.shape[1]
+        return range(start // n, -(-stop // n)) if stop > start else range(0)
+
+    @cached_property
+    def numel(self) -> int:
+        """Entries this rank holds."""
+        return self.cuts[self.rank + 1] - self.cuts[self.rank]
+
+    @cached_property
+    def rows(self) -> int:
+        """l, the number of rows this rank touches."""
+        return len(self.touched(self.rank))
+
+    @cached_property
+    def owned_rows(self) -> slice:
+        """The touched rows whose first entry is held here: each row of the matrix is owned by exactly one rank."""
+        start, stop = self.span(self.rank)
+        return slice(1 if stop > start and start % self.shape[1] else 0, self.rows)
+
+    @cached_property
+    def holders(self) -> tuple[int, ...]:
+        """Ranks that hold at least one entry, in order."""
+        return tuple(i for i, (a, b) in enumerate(itertools.pairwise(self.cuts)) if b > a)
+
+    @cached_property
+    def shared(self) -> bool:
+        """Whether more than one rank holds entries."""
+        return len(self.holders) > 1
+
+    @cached_property
+    def cut_inside_row(self) -> bool:
+        """Whether some row is split between ranks. The same answer on every rank."""
+        return any(cut % self.shape[1] for cut in self.cuts)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """This rank's entries as at most three rectangles: end of a row, whole rows, beginning of a row."""
+        (start, stop), n, blocks = self.span(self.rank), self.shape[1], []
+        position = start
+        while position < stop:
+            row, column = divmod(position, n)
+            count = (stop - position) // n if column == 0 and stop - position >= n else 0
+            end = position + count * n if count else min(stop, (row + 1) * n)
+            first = row - start // n
+            width = n if count else column + end - position
+            blocks.append(
+                Block(slice(first, first + max(count, 1)), slice(column, width), slice(position - start, end - start))
+            )
+            position = end
+        return tuple(blocks)
+
+    def chunk(self, total: int, rank: int | None = None) -> slice:
+        """The part of `total` rows (of a basis, of coordinates) that `rank` stores: equal parts among holders."""
+        rank = self.rank if rank is None else rank
+        if rank not in self.holders:
+            return slice(0, 0)
+        i, k = self.holders.index(rank), len(self.holders)
+        return slice(total * i // k, total * (i + 1) // k)
+
+    # -- dense rows -----------------------------------------------------------------------------------------------
+    def pad(self, entries: Tensor) -> Tensor:
+        """Entries (numel,) as (l, n) rows, zeros where another rank holds the entry. A view when no row is cut."""
+        if not self.blocks or (len(self.blocks) == 1 and self.numel == self.rows * self.shape[1]):
+            return entries.view(self.rows, self.shape[1])
+        rows = entries.new_zeros(self.rows, self.shape[1])
+        for block in self.blocks:
+            rows[block.rows, block.cols] = block.of(entries)
+        return rows
+
+    def unpad(self, rows: Tensor) -> Tensor:
+        """The inverse of `pad`: this rank's entries (numel,) out of (l, n) rows."""
+        if not self.blocks or (len(self.blocks) == 1 and self.numel == rows.numel()):
+            return rows.reshape(-1)
+        return torch.cat([rows[block.rows, block.cols].reshape(-1) for block in self.blocks])
+
+    # -- sums over the ranks that share a row, or all rows ----------------------------------------------------------
+    @cached_property
+    def cut_rows(self) -> dict[int, int]:
+        """{other rank: the local index of the one row that it and this rank both touch}."""
+        mine = self.touched(self.rank)
+        return {
+            j: row - mine.start
+            for j in self.holders
+            if j != self.rank and mine
+            for row in range(max(mine.start, self.touched(j).start), min(mine.stop, self.touched(j).stop))
+        }
+
+    def complete_rows(self, partial: Tensor) -> Steps:
+        """Sum per-row quantities (l, w) over the ranks that hold pieces of a row. Answers (l, w).
+
+        Contributions are added in rank order, so all holders of a row get bit-identical values.
+        """
+        if not self.cut_inside_row:
+            return partial
+        width = partial.shape[1]
+        answer = yield Exchange({j: partial[i] for j, i in self.cut_rows.items()}, dict.fromkeys(self.cut_rows, width))
+        pieces: dict[int, dict[int, Tensor]] = {}
+        for j, i in self.cut_rows.items():
+            pieces.setdefault(i, {self.rank: partial[i].clone()})[j] = answer[j]
+        for i, by_rank in pieces.items():
+            partial[i] = sum(by_rank[j] for j in sorted(by_rank))
+        return partial
+
+    def reduce_chunks(self, partial: Tensor) -> Steps:
+        """Sum (total, w) over the holders; each keeps its `chunk`. Answers (chunk, w)."""
+        if not self.shared:
+            return partial
+        (total, width), mine = partial.shape, self.chunk(partial.shape[0])
+        others = [j for j in self.holders if j != self.rank]
+        holds = self.numel > 0
+        sends = {j: partial[self.chunk(total, j)].reshape(-1) for j in others} if holds else {}
+        size = (mine.stop - mine.start) * width
+        answer = yield Exchange(sends, dict.fromkeys(others, size) if holds else {})
+        if not holds:
+            return partial[mine]
+        answer[self.rank] = partial[mine].reshape(-1)
+        return sum(answer[j] for j in self.holders).view(-1, width)
+
+    def send_to(self, owner: int, entries: Tensor) -> Steps:
+        """Bring the whole matrix to rank `owner`. Answers (m, n) there, None elsewhere."""
+        if not self.shared:
+            return entries.view(self.shape)
+        receives = {j: self.cuts[j + 1] - self.cuts[j] for j in self.holders if j != owner}
+        sends = {owner: entries} if self.rank != owner and self.numel else {}
+        answer = yield Exchange(sends, receives if self.rank == owner else {})
+        if self.rank != owner:
+            return None
+        answer[owner] = entries
+        return torch.cat([answer[j] for j in self.holders]).view(self.shape)
+
+    def deal_rows(self, owner: int, full: Tensor | None, rows: Mapping[int, slice], width: int, like: Tensor) -> Steps:
+        """Rank `owner` deals `full[rows[j]]` to each rank j in `rows`. Answers this rank's (len, width) rows."""
+        mine = rows.get(self.rank, slice(0, 0))
+        if not self.shared:
+            return full[mine].clone()
+        sends = {j: full[s].reshape(-1) for j, s in rows.items() if j != owner} if self.rank == owner else {}
+        size = (mine.stop - mine.start) * width
+        answer = yield Exchange(sends, {owner: size} if self.rank != owner and self.rank in rows else {})
+        if self.rank == owner:
+            return full[mine].clone()
+        return answer[owner].view(-1, width) if owner in answer else like.new_zeros(0, width)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """What a rule may know of the (lines x width) array it works on: which lines count, and how to total them.
+
+    complete lines (`partial=False`): every line held here is whole, some are held by two ranks (cut rows);
+    partial lines (`partial=True`): dense rows of this rank's entries, zeros elsewhere.
+    """
+
+    layout: Layout
+    owned: slice
+    total: int
+    partial: bool = False
+
+    def complete(self, per_line: Tensor) -> Steps:
+        """A per-line quantity (lines,) that was summed over the entries held here, summed over all entries."""
+        if not self.partial:
+            return per_line
+        return (yield from self.layout.complete_rows(per_line.unsqueeze(1))).squeeze(1)
+
+    def square_sum(self, array: Tensor) -> Steps:
+        """The sum of squares over the whole (total x width) array, a 0-d tensor."""
+        mine = array if self.partial else array[self.owned]
+        return (yield Sum(mine.square().sum()))
+
+    def sum_over_lines(self, per_line: Tensor) -> Steps:
+        """Sum a complete per-line quantity (lines, ...) over all lines, each counted once."""
+        return (yield Sum(per_line[self.owned].sum(0)))
+
+
+# --- serving the requests ------------------------------------------------------------------------------------------
+def finish_alone(steps: Steps) -> Any:
+    """Run a generator of a matrix that one rank holds: every request is answered by what was asked with."""
+    answer = None
+    try:
+        while True:
+            answer = _answer_alone(steps.send(answer))
+    except StopIteration as stop:
+        return stop.value
+
+
+def _answer_alone(request: Any) -> Any:
+    if isinstance(request, tuple):
+        return tuple(_answer_alone(part) for part in request)
+    return {} if isinstance(request, Exchange) else request.tensor if isinstance(request, Sum) else request.chunk
+
+
+def run(tasks: Sequence[tuple[Layout, Steps]], device: torch.device) -> list[Any]:
+    """Advance generators of matrices that share one process group in lock-step; their results in order.
+
+    Every rank of the group must pass the same matrices in the same order, also those it holds nothing of.
+    """
+    results: list[Any] = [None] * len(tasks)
+    group = tasks[0][0].group
+    pending = {i: None for i in range(len(tasks))}
+    while pending:
+        requests = {}
+        for i, answer in pending.items():
+            try:
+                requests[i] = tasks[i][1].send(answer)
+            except StopIteration as stop:
+                results[i] = stop.value
+        pending = _serve({i: (tasks[i][0], r) for i, r in requests.items()}, group, device)
+    return results
+
+
+def _serve(requests: dict[int, tuple[Layout, Any]], group: Any, device: torch.device) -> dict[int, Any]:
+    """Answer one round of requests: one all-to-all for what moves, one all-reduce per dtype for what is summed."""
+    single = {
+        (i, part): (layout, item)
+        for i, (layout, request) in requests.items()
+        for part, item in enumerate(request if isinstance(request, tuple) else (request,))
+    }
+    sums = {key: item.tensor for key, (_, item) in single.items() if isinstance(item, Sum)}
+    moves = {
+        key: _gather_moves(layout, item) if isinstance(item, Gather) else item
+        for key, (layout, item) in single.items()
+        if not isinstance(item, Sum)
+    }
+    answers: dict[Any, Any] = _all_reduce(sums, group) | (_all_to_all(moves, group, device) if moves else {})
+    for key, (layout, item) in single.items():
+        if isinstance(item, Gather):
+            answers[key] = _gathered(layout, item, answers[key])
+    return {
+        i: tuple(answers[i, part] for part in range(len(request))) if isinstance(request, tuple) else answers[i, 0]
+        for i, (_, request) in requests.items()
+    }
+
+
+def _gather_moves(layout: Layout, item: Gather) -> Exchange:
+    if not layout.numel:
+        return Exchange({}, {})
+    width = item.chunk.shape[1:].numel()
+    others = [j for j in layout.holders if j != layout.rank]
+    sizes = {j: layout.chunk(item.total, j) for j in others}
+    flat = item.chunk.reshape(-1)
+    return Exchange(dict.fromkeys(others, flat), {j: (s.stop - s.start) * width for j, s in sizes.items()})
+
+
+def _gathered(layout: Layout, item: Gather, answer: dict[int, Tensor]) -> Tensor:
+    shape = (item.total, *item.chunk.shape[1:])
+    if not layout.numel:  # nothing here needs the values; the shape keeps the mathematics free of special cases
+        return item.chunk.new_zeros(()).expand(shape)
+    answer[layout.rank] = item.chunk.reshape(-1)
+    return torch.cat([answer[j] for j in layout.holders]).view(shape)
+
+
+def _wire(device: torch.device, group: Any) -> torch.device:
+    """The device a collective of `group` works on (an offloaded state lives on CPU, NCCL only moves CUDA memory)."""
+    backend = dist.get_backend(group)
+    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend and device.type == "cpu" else device
+
+
+def _all_reduce(sums: dict[Any, Tensor], group: Any) -> dict[Any, Tensor]:
+    answers = {}
+    for dtype in sorted({t.dtype for t in sums.values()}, key=str):
+        keys = [key for key, t in sums.items() if t.dtype == dtype]
+        flat = torch.cat([sums[key].reshape(-1) for key in keys])
+        moved = flat.to(_wire(flat.device, group))
+        dist.all_reduce(moved, group=group)
+        parts = moved.to(flat.device).split([sums[key].numel() for key in keys])
+        answers |= {key: part.view(sums[key].shape) for key, part in zip(keys, parts, strict=True)}
+    return answers
+
+
+def _all_to_all(moves: dict[Any, Exchange], group: Any, device: torch.device) -> dict[Any, dict[int, Tensor]]:
+    world = dist.get_world_size(group)
+    sends = [[x.sends[j].reshape(-1).float() for x in moves.values() if j in x.sends] for j in range(world)]
+    input_splits = [sum(t.numel() for t in parts) for parts in sends]
+    output_splits = [sum(x.receives.get(j, 0) for x in moves.values()) for j in range(world)]
+    wire = _wire(device, group)
+    outgoing = torch.cat([torch.empty(0, device=device), *itertools.chain(*sends)]).to(wire)
+    incoming = torch.empty(sum(output_splits), device=wire)
+    dist.all_to_all_single(incoming, outgoing, output_splits, input_splits, group=group)
+    per_rank = incoming.to(device).split(output_splits)
+    offsets = [0] * world
+    answers: dict[Any, dict[int, Tensor]] = {}
+    for key, move in moves.items():
+        answers[key] = {}
+        for j, size in move.receives.items():
+            answers[key][j] = per_rank[j][offsets[j] : offsets[j] + size]
+            offsets[j] += size
+    return answers
+
+
+def run_all(tasks: Iterable[tuple[Layout, Steps]], device: torch.device, budget: int) -> list[Any]:
+    """Run tasks of any groups: whole matrices one by one, shared ones together in buckets of <= `budget` entries.
+
+    The bucket limits what is alive at once (gathered bases and directions); it is counted in matrix entries so
+    that every rank cuts the same buckets.
+    """
+    tasks = list(tasks)
+    results: list[Any] = [None] * len(tasks)
+    buckets: dict[Any, list[list[int]]] = {}
+    for i, (layout, steps) in enumerate(tasks):
+        if not layout.shared:
+            results[i] = finish_alone(steps)
+            continue
+        queue = buckets.setdefault(layout.group, [[]])
+        if queue[-1] and sum(tasks[j][0].cuts[-1] for j in queue[-1]) + layout.cuts[-1] > budget:
+            queue.append([])
+        queue[-1].append(i)
+    for bucket in itertools.chain(*buckets.values()):
+        for i, result in zip(bucket, run([tasks[i] for i in bucket], device), strict=True):
+            results[i] = result
+    return results

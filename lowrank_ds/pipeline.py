@@ -1,0 +1,318 @@
+"""From gradient to weight: the phases of a step for one matrix, as a generator that `layout.run` drives.
+
+    gather basis, liveness -> (refresh) -> project -> complete lines -> rule -> residual norms -> spread -> write
+
+All matrices go through these phases together, so each `yield` below is one collective for the whole model. The same
+code runs on one process, where every request is answered on the spot.
+
+A step never reads a number back from the device; what the host must decide (is a refresh due, has this matrix ever
+had a gradient) it decides before, in `optimizer.py`. A non-finite gradient is masked on the device: `live` becomes 0,
+moments and weights stay (decoupled weight decay, which does not depend on the gradient, still applies).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank_ds import linalg
+from lowrank_ds.layout import Gather, Layout, Lines, Steps, Sum
+from lowrank_ds.projection import choose
+from lowrank_ds.recipe import Recipe
+from lowrank_ds.rules import Adafactor, Adam
+from lowrank_ds.subspace import Sharded, factorize
+
+_CHUNK = 1 << 16  # entries of G scaled at a time on CPU: a temporary that stays in cache, never a second G
+
+
+@dataclass
+class Job:
+    """One matrix in one step.
+
+    grad, weight: this rank's entries (numel,), views of what the optimizer was handed.
+    state: the matrix's state tensors. step: 1, 2, ...; moment_step: the same since moments were last reset.
+    lr, weight_decay: of this step. refresh: whether a new basis is due; refresh_count: bases drawn before this step;
+    owner: the rank that computes an exact SVD. key: (run seed, parameter name), the source of all randomness.
+    """
+
+    layout: Layout
+    recipe: Recipe
+    grad: Tensor
+    weight: Tensor
+    state: MutableMapping[str, Tensor]
+    key: tuple[int, str]
+    step: int
+    moment_step: int
+    lr: float
+    weight_decay: float
+    refresh: bool = False
+    refresh_count: int = 0
+    owner: int = 0
+    stochastic_rounding: bool = True
+
+
+def update(job: Job, projected: bool) -> Steps:
+    """One optimizer step of one matrix, written to `job.weight` in place."""
+    if not projected:
+        return (yield from plain(job))
+    return (yield from (compressed_momentum(job) if job.recipe.momentum else projected_gradient(job)))
+
+
+# --- state -----------------------------------------------------------------------------------------------------------
+def state_shapes(layout: Layout, recipe: Recipe, projected: bool, plain_shape: tuple[int, ...]) -> dict[str, tuple]:
+    """{state name: shape} of the fp32 tensors this rank keeps for one matrix."""
+    rule, width = recipe.rule, layout.shape[1]
+    if not projected and isinstance(rule, Adam):
+        return dict.fromkeys(rule.state_shapes(1, 1, 1), plain_shape)
+    if not projected:
+        return _full_adafactor_shapes(layout, rule, plain_shape)
+    side = choose(recipe.subspace.proj_type, layout, recipe.subspace.rank)
+    rank = side.rank
+    if recipe.momentum:
+        full = _full_adafactor_shapes(layout, dataclasses.replace(rule, beta1=None), (layout.numel,))
+        return full | {"exp_avg": (side.line_count, rank)}
+    chunk = layout.chunk(rank)
+    arguments = (side.line_count, rank, chunk.stop - chunk.start)
+    extra = () if isinstance(rule, Adam) else (rule.is_factored(side.lines.total, rank),)
+    basis = {} if recipe.subspace.method == "gaussian" else side.basis_shapes()
+    return rule.state_shapes(*arguments, *extra) | recipe.residual.state_shapes() | basis | {"skipped": ()}
+
+
+def _full_adafactor_shapes(layout: Layout, rule: Adafactor, plain_shape: tuple[int, ...]) -> dict[str, tuple]:
+    factored = rule.is_factored(*layout.shape)
+    chunk = layout.chunk(layout.shape[1])
+    shapes = rule.state_shapes(layout.rows, layout.shape[1], chunk.stop - chunk.start, factored)
+    return {name: plain_shape if name in ("exp_avg", "exp_avg_sq") else shape for name, shape in shapes.items()}
+
+
+# --- GaLore, Fira, APOLLO --------------------------------------------------------------------------------------------
+def projected_gradient(job: Job) -> Steps:
+    """The gradient is projected, the rule works on the coordinates, the residual decides what joins the update."""
+    recipe, state = job.recipe, job.state
+    side = choose(recipe.subspace.proj_type, job.layout, recipe.subspace.rank)
+    if job.refresh and recipe.subspace.method != "gaussian":
+        yield from _refresh(job, side)
+    elif job.refresh and recipe.subspace.on_refresh == "reset":
+        _reset(job)
+    basis, live = yield from _basis(job, side)
+    state["skipped"].add_(1 - live)
+    coords, squares = yield from side.down(job.grad, basis, recipe.residual.needs_squares)
+    coords = _where(live, coords)
+    squares = None if squares is None else _where(live, squares)
+    direction, correction = yield from _direction(job, coords, side.lines, live)
+    factor, direction = yield from recipe.residual.combine(coords, direction, squares, state, side.lines, live)
+    scale = yield from _parameter_scale(job)
+    factor, direction = (None if x is None else _where(live, x) for x in (factor, direction))
+    factor, direction = yield from side.spread(factor, direction)
+    _write(job, side, basis, job.grad, factor, direction, job.lr * correction, scale, live)
+
+
+def _refresh(job: Job, side) -> Steps:
+    """Replace the stored basis by one of the current gradient; carry, keep or reset the moments."""
+    how, state, old = job.recipe.subspace, job.state, {}
+    if job.refresh_count and (how.method == "power" or how.on_refresh == "rotate"):
+        old = side.gathered(state, (yield side.requests(state)))
+    key = (*job.key, job.refresh_count)
+    grad = Sharded(job.layout, job.grad)
+    left, right = yield from factorize(how, grad, side.wants, key, old if how.method == "power" else {}, job.owner)
+    kept = {name: state[name].clone() for name in side.basis_shapes()} if how.on_refresh == "rotate" else {}
+    if left is not None:
+        state["projector_left" if right is not None else "projector"].copy_(left)
+    if right is not None:
+        state["projector"].copy_(right)
+    if how.on_refresh == "reset":
+        _reset(job)
+    elif how.on_refresh == "rotate" and job.refresh_count:
+        new = side.gathered(state, (yield side.requests(state)))
+        before = old if "right" in side.wants else kept
+        state["exp_avg"].copy_(state["exp_avg"] @ (yield from side.overlap(before, new)))
+
+
+def _reset(job: Job) -> None:
+    for name in ("exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"):
+        if name in job.state:
+            job.state[name].zero_()
+
+
+def _basis(job: Job, side) -> Steps:
+    """The basis as the projection needs it, and whether the whole gradient is finite (1.0 or 0.0, on the device)."""
+    gaussian = job.recipe.subspace.method == "gaussian"
+    asked = () if gaussian else side.requests(job.state)
+    *answers, peaks = yield (*asked, _ask_peaks(job))
+    if gaussian:
+        count = job.refresh_count + job.refresh - 1
+        basis = side.random((*job.key, count), job.grad.device)
+    else:
+        basis = side.gathered(job.state, tuple(answers))
+    return basis, _live(peaks)
+
+
+def _ask_peaks(job: Job) -> Gather:
+    """Each holder's largest gradient magnitude."""
+    mine = linalg.peak(job.grad).view(1)[: 1 if job.layout.numel else 0]
+    return Gather(mine, len(job.layout.holders))
+
+
+def whole_peak(layout: Layout, mine: Tensor) -> Steps:
+    """The largest gradient magnitude over all holders, 0-d, from this rank's (0-d)."""
+    return (yield Gather(mine.view(1)[: 1 if layout.numel else 0], len(layout.holders))).max()
+
+
+def _live(peaks: Tensor) -> Tensor:
+    return peaks.max().isfinite().float()
+
+
+def _where(live: Tensor, x: Tensor) -> Tensor:
+    return torch.where(live > 0, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def _direction(job: Job, x: Tensor, lines: Lines, live: Tensor) -> Steps:
+    """(direction, factor of the step size) of the rule on complete lines x (lines, width)."""
+    rule, state = job.recipe.rule, job.state
+    if isinstance(rule, Adam):
+        return rule.update(x, state, live), rule.correction(job.moment_step)
+    raw = yield from rule.precondition(x, state, lines, live, job.moment_step)
+    return _momentum(rule, rule.clip(raw, (yield from lines.square_sum(raw)), lines.total * x.shape[1]), state, live), 1.0
+
+
+def _momentum(rule: Adafactor, update: Tensor, state, live: Tensor) -> Tensor:
+    if not rule.beta1:
+        return update
+    return state["exp_avg"].lerp_(_where(live, update).view_as(state["exp_avg"]), live * (1 - rule.beta1)).view_as(update)
+
+
+def _parameter_scale(job: Job) -> Steps:
+    """Adafactor's max(eps, RMS(W)), 0-d; None for rules whose step does not depend on the weights."""
+    rule = job.recipe.rule
+    if isinstance(rule, Adam) or not rule.scale_parameter:
+        return None
+    total = yield Sum(linalg.row_square_sums(job.weight.view(1, -1)).sum())
+    return rule.parameter_scale(total, job.layout.shape[0] * job.layout.shape[1])
+
+
+# --- Flora -----------------------------------------------------------------------------------------------------------
+def compressed_momentum(job: Job) -> Steps:
+    """The rule works on the whole gradient; its momentum is kept in a random subspace and moved when that changes."""
+    state, beta1 = job.state, job.recipe.momentum.beta1
+    how = job.recipe.subspace
+    side = choose(how.proj_type, job.layout, how.rank)
+    update, live = yield from _preconditioned(job)
+    basis = side.random((*job.key, max(job.refresh_count - 1, 0)), job.grad.device)
+    coords, _ = yield from side.down(update, basis, False)
+    old = state["exp_avg"].clone()
+    square = yield from _mixed_square(side, update, coords, old, basis, beta1)
+    if job.refresh and job.refresh_count:
+        new = side.random((*job.key, job.refresh_count), job.grad.device)
+        state["exp_avg"].copy_(state["exp_avg"] @ (yield from side.overlap(basis, new)))
+        coords, _ = yield from side.down(update, new, False)
+    state["exp_avg"].lerp_(coords, live * (1 - beta1))
+    scale = yield from _parameter_scale(job)
+    numel = job.layout.shape[0] * job.layout.shape[1]
+    clip = 1.0 / ((square / numel).sqrt() / job.recipe.rule.clip_threshold).clamp_min(1.0)
+    factor = (live * clip * (1 - beta1)).expand(side.line_count)
+    factor, direction = yield from side.spread(factor, _where(live, clip * beta1 * old))
+    _write(job, side, basis, update, factor, direction, job.lr, scale, live)
+
+
+def _preconditioned(job: Job) -> Steps:
+    """Adafactor's raw update of the whole matrix: this rank's entries (numel,), zeros when not live."""
+    layout, rule = job.layout, job.recipe.rule
+    live = _live((yield _ask_peaks(job)))
+    grad = _where(live, job.grad.float())
+    if not rule.is_factored(*layout.shape):
+        lines = Lines(layout, slice(0, 1), 1, partial=True)
+        return (yield from rule.precondition(grad.view(1, -1), job.state, lines, live, job.step)).view(-1), live
+    lines = Lines(layout, layout.owned_rows, layout.shape[0], partial=True)
+    dense = yield from rule.precondition(layout.pad(grad), job.state, lines, live, job.step)
+    return layout.unpad(dense), live
+
+
+def _mixed_square(side, update: Tensor, coords: Tensor, momentum: Tensor, basis: dict, beta1: float) -> Steps:
+    """|(1 - b1) U + b1 M B^T|^2 without forming M B^T: <U, M B^T> = <U B, M>, |M B^T|^2 = <M (B^T B), M>."""
+    gram = yield from side.overlap(basis, basis)
+    inner = torch.stack([(coords * momentum).sum(1), ((momentum @ gram) * momentum).sum(1)], 1)
+    cross = yield from side.lines.sum_over_lines(inner)
+    own = yield Sum(update.square().sum())
+    return ((1 - beta1) ** 2 * own + 2 * beta1 * (1 - beta1) * cross[0] + beta1**2 * cross[1]).clamp_min(0)
+
+
+# --- parameters that are not projected -----------------------------------------------------------------------------------
+def plain(job: Job) -> Steps:
+    """The recipe's rule on the parameter itself: biases, norms, embeddings."""
+    rule = job.recipe.rule
+    if isinstance(rule, Adam):
+        live = _live((yield _ask_peaks(job)))
+        grad = _where(live, job.grad.float())
+        update = rule.update(grad.view_as(job.state["exp_avg"]), job.state, live).view(-1)
+        correction, scale = rule.correction(job.step), None
+    else:
+        update, live = yield from _full_adafactor(job)
+        correction, scale = 1.0, (yield from _parameter_scale(job))
+    _write_entries(job, _where(live, update), job.lr * correction, scale)
+
+
+def _full_adafactor(job: Job) -> Steps:
+    rule, state, numel = job.recipe.rule, job.state, job.layout.shape[0] * job.layout.shape[1]
+    update, live = yield from _preconditioned(job)
+    if rule.momentum_first:
+        update = _momentum(rule, update, state, live).clone()
+    update = rule.clip(update, (yield Sum(update.square().sum())), numel)
+    return update if rule.momentum_first else _momentum(rule, update, state, live), live
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------
+def _keep(job: Job, scale: Tensor | None) -> float | Tensor:
+    """1 - lr * weight_decay, the decoupled decay (torch.optim.AdamW's order: before the update)."""
+    return 1 - job.lr * job.weight_decay * (1.0 if scale is None else scale)
+
+
+def _write_entries(job: Job, update: Tensor, step_size: float, scale: Tensor | None) -> None:
+    weight = job.weight if job.weight.dtype == torch.float32 else job.weight.float()
+    if job.weight_decay:
+        weight.mul_(_keep(job, scale))
+    weight.sub_(update, alpha=step_size) if scale is None else weight.sub_(update * scale, alpha=step_size)
+    _round_back(job, weight, slice(0, weight.numel()))
+
+
+def _write(job: Job, side, basis, source: Tensor, factor, direction, step_size: float, scale, live: Tensor) -> None:
+    """W <- (1 - lr wd) W - step_size * scale * (factor o source + direction B^T), block by block, in place."""
+    if scale is not None:
+        factor, direction = (None if x is None else x * scale for x in (factor, direction))
+    for block in job.layout.blocks:
+        stored = block.of(job.weight)
+        weight = stored if stored.dtype == torch.float32 else stored.float()
+        lines, left, right = side.terms(block, basis, factor, direction)
+        keep = _keep(job, scale) if job.weight_decay else 1.0
+        if isinstance(keep, Tensor) or left is None:
+            weight.mul_(keep) if job.weight_decay else None
+            keep = 1.0
+        if left is not None:
+            weight.addmm_(left, right.T, beta=keep, alpha=-step_size)
+        if lines is not None:
+            _subtract_scaled(weight, block.of(source), lines, step_size, live)
+        _round_back(job, weight, block.entries)
+
+
+def _subtract_scaled(weight: Tensor, source: Tensor, lines: Tensor, step_size: float, live: Tensor) -> None:
+    """weight -= step_size * lines o source; lines (rows, 1) or (columns,). Nothing when not live (source may be NaN)."""
+    step = max(1, _CHUNK // max(1, source.shape[1])) if source.device.type == "cpu" else max(1, source.shape[0])
+    per_row = lines.dim() == 2
+    for first in range(0, source.shape[0], step):
+        part = slice(first, first + step)
+        scaled = source[part] * (lines[part] if per_row else lines)
+        weight[part].sub_(_where(live, scaled), alpha=step_size)
+
+
+def _round_back(job: Job, weight: Tensor, entries: slice) -> None:
+    """Store fp32 results in low-precision weights: bf16 rounds stochastically, or small updates are lost for ever."""
+    stored = job.weight[entries]
+    if stored.dtype == torch.float32:
+        return
+    flat = weight.reshape(-1)
+    if stored.dtype == torch.bfloat16 and job.stochastic_rounding:
+        flat = linalg.stochastic_round(flat, (*job.key, "round", job.step), job.layout.span(job.layout.rank)[0] + entries.start)
+    stored.copy_(flat)

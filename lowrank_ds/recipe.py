@@ -1,0 +1,36 @@
+"""A recipe: one choice on each axis. Algorithms are declarations of recipes (`algorithms.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowrank_ds.residual import Drop, ScaleGradient, ScaleResidual
+from lowrank_ds.rules import Adafactor, Adam
+from lowrank_ds.subspace import Subspace
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """Flora: what lives in the subspace is the momentum of an already preconditioned update, M <- b1 M + (1-b1) R.
+
+    kappa steps apart the momentum is carried to a new basis, M <- M (B_old^T B_new).
+    """
+
+    beta1: float = 0.9
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the projected matrices of a parameter group are trained, and the parameters beside them.
+
+    Args:
+        rule: turns coordinates (or the entries of a plain parameter) into a direction.
+        subspace: where the basis comes from; None when nothing is projected.
+        residual: what happens to the rest of the gradient.
+        momentum: set for Flora: the rule acts on the whole matrix, its momentum is what is compressed.
+    """
+
+    rule: Adam | Adafactor
+    subspace: Subspace | None = None
+    residual: Drop | ScaleResidual | ScaleGradient = Drop()
+    momentum: Momentum | None = None

@@ -1,0 +1,130 @@
+"""Residuals: what happens to the part of the gradient outside the subspace. Pure arithmetic on lines.
+
+Every residual answers the same question: with what per-line factor does the gradient itself enter the update, and
+what is added inside the subspace? The update is always
+
+    U = factor o G + direction B^T        (factor: one number per line, or None when G does not enter)
+
+so that no residual matrix is ever formed. Legend: B (d x r) basis, R = G B (lines x r) coordinates, N (lines x r)
+the rule's direction, squares (lines,) the squared norms of G's lines.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank_ds.layout import Lines, Steps
+
+
+def _norm(lines: Tensor) -> Tensor:
+    return lines.square().sum(1).sqrt()
+
+
+def limit_growth(norm: Tensor, previous: Tensor, growth: float, live: Tensor) -> Tensor:
+    """Factor (0-d, <= 1) that keeps `norm` <= growth * `previous`; `previous` becomes the limited norm, in place.
+
+    Fira, Algorithm 1. `previous` starts at infinity (the first step is not limited). A zero or non-finite norm is
+    not remembered: a remembered zero would hold every later update at zero.
+    """
+    factor = 1.0 / torch.clamp_min(norm / (previous + 1e-8) / growth, 1.0)
+    limited = norm * factor
+    previous.copy_(torch.where((limited > 0) & limited.isfinite() & (live > 0), limited, previous))
+    return factor
+
+
+@dataclass(frozen=True)
+class Drop:
+    """GaLore: the residual is dropped. U = scale * N B^T."""
+
+    scale: float = 1.0
+    needs_squares = False
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{state name: shape}: none."""
+        return {}
+
+    def combine(self, coords: Tensor, direction: Tensor, squares: Tensor | None, state: dict, lines: Lines, live) -> Steps:
+        """(factor, direction) of the update."""
+        return None, self.scale * direction
+        yield
+
+
+@dataclass(frozen=True)
+class ScaleResidual:
+    """Fira (arXiv:2410.01623): the residual S = phi o (G - c R B^T), growth-limited, joins the update.
+
+    Args:
+        alpha: the papers' scale.
+        form: "code" (package fira 1.0.2): c = alpha, U = alpha N B^T + S;
+              "paper" (Algorithm 1): c = 1, U = alpha (N B^T + S).
+        scaling: "column": phi_i = |N_i| / |R_i| per line; "matrix": one phi = |N| / |R|.
+        growth: the limiter's gamma.
+    """
+
+    alpha: float = 0.25
+    form: str = "code"
+    scaling: str = "column"
+    growth: float = 1.01
+    needs_squares = True
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{state name: shape}; the limited norm of the previous residual."""
+        return {"residual_norm": ()}
+
+    def combine(self, coords: Tensor, direction: Tensor, squares: Tensor | None, state: dict, lines: Lines, live) -> Steps:
+        """(factor, direction) of the update. B is orthonormal, so |g - c B r|^2 = |g|^2 - (2c - c^2) |r|^2."""
+        c = self.alpha if self.form == "code" else 1.0
+        phi = yield from _ratio(coords, direction, lines, self.scaling == "column")
+        residual = squares - (2 * c - c * c) * coords.square().sum(1)
+        total = yield from lines.sum_over_lines(phi.square() * residual.clamp_min(0))
+        phi = phi * limit_growth(total.sqrt(), state["residual_norm"], self.growth, live)
+        outer = 1.0 if self.form == "code" else self.alpha
+        return outer * phi, self.alpha * direction - outer * c * phi.unsqueeze(1) * coords
+
+
+@dataclass(frozen=True)
+class ScaleGradient:
+    """APOLLO (arXiv:2412.05270): the gradient itself, scaled per channel or per tensor. U = sqrt(scale) s o G.
+
+    Args:
+        scale: the update is multiplied by sqrt(scale), as in apollo-torch (GaLore's and Fira's scale is linear).
+        per_channel: s_i = |N_i| / |R_i| per line; otherwise one s = |N| / |R|  (APOLLO-Mini).
+        growth: the limiter's gamma, None for no limiter (`disable_nl`).
+        scale_front: apply sqrt(scale) before the limiter.
+    """
+
+    scale: float = 1.0
+    per_channel: bool = True
+    growth: float | None = 1.01
+    scale_front: bool = False
+
+    @property
+    def needs_squares(self) -> bool:
+        """The limiter needs the norms of G's lines."""
+        return self.growth is not None
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{state name: shape}; the limited norm of the previous update."""
+        return {"residual_norm": ()} if self.growth is not None else {}
+
+    def combine(self, coords: Tensor, direction: Tensor, squares: Tensor | None, state: dict, lines: Lines, live) -> Steps:
+        """(factor, None): nothing is added inside the subspace."""
+        s = yield from _ratio(coords, direction, lines, self.per_channel)
+        if self.growth is not None:
+            total = yield from lines.sum_over_lines(s.square() * squares)
+            norm = total.sqrt() * (math.sqrt(self.scale) if self.scale_front else 1.0)
+            s = s * limit_growth(norm, state["residual_norm"], self.growth, live)
+        return math.sqrt(self.scale) * s, None
+
+
+def _ratio(coords: Tensor, direction: Tensor, lines: Lines, per_line: bool) -> Steps:
+    """|N_i| / (|R_i| + 1e-8) per line (lines,), or the whole arrays' ratio repeated."""
+    if per_line:
+        return _norm(direction) / (_norm(coords) + 1e-8)
+    totals = torch.stack([direction.square().sum(1), coords.square().sum(1)], 1)
+    square = yield from lines.sum_over_lines(totals)
+    return (square[0].sqrt() / (square[1].sqrt() + 1e-8)).expand(coords.shape[0])

@@ -1,0 +1,112 @@
+"""Rules: what turns coordinates into a direction. Pure arithmetic; no parameter, no rank, no learning rate.
+
+A rule declares its state (`state_shapes`) and works on a (lines x width) fp32 array: the coordinates of a projected
+matrix, or the entries of a parameter that is not projected. `live` is 1.0, or 0.0 when this step's gradient is not
+finite: then the state must come out unchanged. Reductions over lines go through `Lines`, which totals over ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank_ds.layout import Gather, Lines, Steps, Sum
+
+
+@dataclass(frozen=True)
+class Adam:
+    """AdamW's direction as in galore-torch, fira and apollo-torch (the old Hugging Face AdamW).
+
+    N = M / (sqrt(V) + eps) with *uncorrected* moments; the bias correction sqrt(1 - b2^t) / (1 - b1^t) is returned
+    beside it, because Fira's and APOLLO's limiters act on the uncorrected direction.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    correct_bias: bool = True
+
+    def state_shapes(self, lines: int, width: int, chunk: int) -> dict[str, tuple[int, ...]]:
+        """{state name: shape} for a (lines x width) array."""
+        return {"exp_avg": (lines, width), "exp_avg_sq": (lines, width)}
+
+    def update(self, x: Tensor, state: dict[str, Tensor], live: Tensor) -> Tensor:
+        """Direction N of x (lines, width), and the moments moved in place."""
+        beta1, beta2 = self.betas
+        exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
+        exp_avg.lerp_(x, live * (1 - beta1))
+        exp_avg_sq.lerp_(x.square(), live * (1 - beta2))
+        return exp_avg / exp_avg_sq.sqrt().add_(self.eps)
+
+    def correction(self, step: int) -> float:
+        """The factor of the step size at step 1, 2, ..."""
+        if not self.correct_bias:
+            return 1.0
+        return math.sqrt(1 - self.betas[1] ** step) / (1 - self.betas[0] ** step)
+
+
+@dataclass(frozen=True)
+class Adafactor:
+    """Adafactor (arXiv:1804.04235, Algorithms 4-6) as in galore-torch and flora-opt.
+
+    Args:
+        eps: (added to squared gradients, smallest parameter RMS that scales the step).
+        clip_threshold: largest RMS of an update.
+        decay_rate: second-moment decay is 1 - step ** decay_rate.
+        beta1: momentum, None for none.
+        momentum_first: True as flora-opt (momentum of the raw update, clipped afterwards); False as galore-torch.
+        factored: keep row and column means of the second moment instead of all of it.
+        scale_parameter: multiply the update by max(eps[1], RMS(W)).
+    """
+
+    eps: tuple[float, float] = (1e-30, 1e-3)
+    clip_threshold: float = 1.0
+    decay_rate: float = -0.8
+    beta1: float | None = None
+    momentum_first: bool = False
+    factored: bool = True
+    scale_parameter: bool = True
+
+    def is_factored(self, lines_total: int, width: int) -> bool:
+        """Vectors (one line, or one column) keep the full second moment, as the packages do."""
+        return self.factored and lines_total > 1 and width > 1
+
+    def state_shapes(self, lines: int, width: int, chunk: int, factored: bool) -> dict[str, tuple[int, ...]]:
+        """{state name: shape}; `chunk` is this rank's part of the `width` column means."""
+        square = {"exp_avg_sq_row": (lines,), "exp_avg_sq_col": (chunk,)} if factored else {"exp_avg_sq": (lines, width)}
+        return square | ({"exp_avg": (lines, width)} if self.beta1 else {})
+
+    def decay(self, step: int) -> float:
+        """beta2 of step 1, 2, ..."""
+        return 1.0 - math.pow(step, self.decay_rate)
+
+    def precondition(self, x: Tensor, state: dict[str, Tensor], lines: Lines, live: Tensor, step: int) -> Steps:
+        """x / sqrt(second moment), the moment moved in place. x (lines, width)."""
+        weight = live * (1 - self.decay(step))
+        if "exp_avg_sq" in state:
+            square = x.square().add_(self.eps[0])
+            return state["exp_avg_sq"].lerp_(square.view_as(state["exp_avg_sq"]), weight).rsqrt().view_as(x).mul_(x)
+        return (yield from self._factored(x, state, lines, weight))
+
+    def _factored(self, x: Tensor, state: dict[str, Tensor], lines: Lines, weight: Tensor) -> Steps:
+        square, width = x.square(), x.shape[1]
+        rows = yield from lines.complete(square.sum(1))
+        mine = square if lines.partial else square[lines.owned]
+        columns, column_mean = yield Sum(mine.sum(0)), Gather(state["exp_avg_sq_col"], width)
+        column_mean = torch.lerp(column_mean, columns / lines.total + self.eps[0], weight)
+        state["exp_avg_sq_col"].copy_(column_mean[lines.layout.chunk(width)])
+        row_mean = state["exp_avg_sq_row"].lerp_(rows / width + self.eps[0], weight)
+        mean = (yield from lines.sum_over_lines(row_mean)) / lines.total
+        return x * (mean / row_mean).sqrt().unsqueeze(1) * column_mean.rsqrt()
+
+    def clip(self, update: Tensor, square_sum: Tensor, numel: int) -> Tensor:
+        """Scale `update` in place so that its RMS, sqrt(square_sum / numel), is at most `clip_threshold`."""
+        return update.div_(((square_sum / numel).sqrt() / self.clip_threshold).clamp_min(1.0))
+
+    def parameter_scale(self, weight_square_sum: Tensor, numel: int) -> Tensor:
+        """max(eps[1], RMS(W)), 0-d; 1 when `scale_parameter` is off."""
+        if not self.scale_parameter:
+            return torch.ones_like(weight_square_sum)
+        return (weight_square_sum / numel).sqrt().clamp_min(self.eps[1])
