@@ -331,7 +331,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 continue  # a parameter without any gradient so far must not start its clock, its basis or its decay
             refresh = usable and _due(slot, recipe)
             job = self._job(slot, group, recipe, grad, weight, refresh)
-            if refresh and recipe.subspace.method == "svd":
+            if refresh and recipe.subspace.method == "svd" and slot.layout.shared:
                 job.owner = _deal(loads.setdefault(slot.layout.group, {}), slot.layout)
             jobs.append((slot, job))
             slot.write_counters()
@@ -394,10 +394,12 @@ def _offset(name: str, every: int) -> int:
 
 
 def _deal(load: dict[int, float], layout: Layout) -> int:
-    """Give an exact SVD to the rank with the least work so far; a matrix held by one rank stays there."""
+    """Give the exact SVD of a shared matrix to the rank with the least work so far.
+
+    Matrices that one rank holds are factorised there; they cannot be counted, the other ranks do not see them.
+    """
     m, n = layout.shape
-    ranks = range(len(layout.cuts) - 1) if layout.shared else layout.holders
-    owner = min(ranks, key=lambda i: load.get(i, 0.0))
+    owner = min(range(len(layout.cuts) - 1), key=lambda i: load.get(i, 0.0))
     load[owner] = load.get(owner, 0.0) + m * n * min(m, n)
     return owner
 

@@ -115,11 +115,10 @@ def _refresh(job: Job, side) -> Steps:
     """Replace the stored basis by one of the current gradient; carry, keep or reset the moments."""
     how, state, old = job.recipe.subspace, job.state, {}
     if job.refresh_count and (how.method == "power" or how.on_refresh == "rotate"):
-        old = side.gathered(state, (yield side.requests(state)))
-    key = (*job.key, job.refresh_count)
-    grad = Sharded(job.layout, job.grad)
+        gathered = side.gathered(state, (yield side.requests(state)))
+        old = {name: basis.clone() for name, basis in gathered.items()}  # on one process these are the state itself
+    grad, key = Sharded(job.layout, job.grad), (*job.key, job.refresh_count)
     left, right = yield from factorize(how, grad, side.wants, key, old if how.method == "power" else {}, job.owner)
-    kept = {name: state[name].clone() for name in side.basis_shapes()} if how.on_refresh == "rotate" else {}
     if left is not None:
         state["projector_left" if right is not None else "projector"].copy_(left)
     if right is not None:
@@ -128,8 +127,7 @@ def _refresh(job: Job, side) -> Steps:
         _reset(job)
     elif how.on_refresh == "rotate" and job.refresh_count:
         new = side.gathered(state, (yield side.requests(state)))
-        before = old if "right" in side.wants else kept
-        state["exp_avg"].copy_(state["exp_avg"] @ (yield from side.overlap(before, new)))
+        state["exp_avg"].copy_(state["exp_avg"] @ (yield from side.overlap(old, new)))
 
 
 def _reset(job: Job) -> None:

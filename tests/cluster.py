@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import pickle
 import queue
 import tempfile
 import time
@@ -50,7 +51,7 @@ def _collect(results: Any, processes: list, world: int, deadline: float) -> list
             assert not dead or not results.empty(), f"rank {dead} died with exit code {processes[dead[0]].exitcode}"
             continue
         assert error is None, f"rank {rank} failed:\n{error}"
-        found[rank] = value
+        found[rank] = pickle.loads(value)
     return [found[rank] for rank in range(world)]
 
 
@@ -65,11 +66,14 @@ def _worker(rank: int, world: int, store: str, results: Any, function: Callable,
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", store, datetime.timedelta(seconds=120), world, rank)
-        results.put((rank, function(rank, world, *arguments), None))
+        # pickled here: tensors sent through a queue live in files that end with their process
+        results.put((rank, pickle.dumps(function(rank, world, *arguments)), None))
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:  # a CheckpointException is one; whatever it is, the parent must hear of it
         results.put((rank, None, traceback.format_exc()))
+        results.close()
+        results.join_thread()
         os._exit(1)
 
 

@@ -1,0 +1,70 @@
+"""Law 1: the weights after N steps do not depend on how the model was sharded. Every recipe, every engine.
+
+The model is a real LlamaForCausalLM whose matrices do not divide by the world sizes; the reference is one process
+with the same recipe on the same global batches. The table of differences is printed (pytest -s, and by tests/run.sh).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from tests import training
+from tests.cluster import launch
+
+LIMIT = 1e-5
+ENGINES = {2: ("ddp", "zero1", "zero2", "zero3"), 3: ("zero1", "zero2", "zero3")}
+
+
+def all_cells(rank: int, world: int) -> dict:
+    """{(recipe, engine): weights}, computed by every rank, returned by rank 0."""
+    found = {}
+    for recipe in training.RECIPES:
+        for engine in ENGINES[world]:
+            run = training.ddp if engine == "ddp" else functools.partial(training.zero, stage=int(engine[-1]))
+            found[recipe, engine] = run(rank, world, recipe)
+    return found if rank == 0 else {}
+
+
+@functools.cache
+def reference(recipe: str) -> dict[str, torch.Tensor]:
+    """The one-process weights of a recipe."""
+    return training.one_process(recipe)
+
+
+@functools.cache
+def differences(world: int) -> dict[tuple[str, str], float]:
+    """The table: {(recipe, engine): largest weight difference from one process}."""
+    cells = launch(world, all_cells)[0]
+    return {key: training.largest_difference(weights, reference(key[0])) for key, weights in cells.items()}
+
+
+def as_table(world: int) -> str:
+    """The table of one world size as text."""
+    found = differences(world)
+    rows = [f"{'recipe':26s}" + "".join(f"{f'{e} x {world}':>12s}" for e in ENGINES[world])]
+    rows += [f"{r:26s}" + "".join(f"{found[r, e]:12.1e}" for e in ENGINES[world]) for r in training.RECIPES]
+    return "\n".join(["", f"largest weight difference from one process after {training.STEPS} steps", *rows])
+
+
+@pytest.mark.parametrize("world", list(ENGINES))
+def test_weights_do_not_depend_on_sharding(world: int, capsys: pytest.CaptureFixture) -> None:
+    """Every recipe x engine cell is within fp32 rounding of one process."""
+    torch.set_num_threads(1)
+    table = as_table(world)
+    with capsys.disabled():
+        print(table)
+    too_far = {key: value for key, value in differences(world).items() if not value <= LIMIT}
+    assert not too_far
+
+
+def test_the_recipes_move_the_weights_and_differ() -> None:
+    """The table can fail: each recipe moves the weights by far more than LIMIT, and to a different place."""
+    torch.set_num_threads(1)
+    start = training.weights_of(training.tiny_llama())
+    for recipe in training.RECIPES:
+        assert training.largest_difference(reference(recipe), start) > 1e-2, recipe
+    for recipe in ("galore left", "galore full", "fira", "fira paper", "apollo", "flora"):
+        assert training.largest_difference(reference(recipe), reference("galore")) > 1e-3, recipe

@@ -1,0 +1,127 @@
+"""Train the tiny LLaMA for a few steps under any engine; what the recipe x layout tests run on each rank."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+import lowrank_ds
+from tests.cluster import batches, quiet_deepspeed, share, tiny_llama
+
+STEPS = 12
+GAP = 5  # refreshes at steps 0, 5 and 10
+
+# One row per recipe: (class, settings). rank 8 < every matrix' smaller side (12).
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "galore": ("GaLoreAdamW", {"update_proj_gap": GAP}),
+    "galore right": ("GaLoreAdamW", {"update_proj_gap": GAP, "proj_type": "right", "weight_decay": 0.1}),
+    "galore left": ("GaLoreAdamW", {"update_proj_gap": GAP, "proj_type": "left"}),
+    "galore full": ("GaLoreAdamW", {"update_proj_gap": GAP, "proj_type": "full"}),
+    "galore power rotate": ("GaLoreAdamW", {"update_proj_gap": GAP, "subspace": "power", "on_refresh": "rotate"}),
+    "galore randomized reset": (
+        "GaLoreAdamW",
+        {"update_proj_gap": GAP, "subspace": "randomized", "on_refresh": "reset", "stagger": True},
+    ),
+    "galore adafactor": ("GaLoreAdafactor", {"update_proj_gap": GAP, "beta1": 0.9}),
+    "fira": ("FiraAdamW", {"update_proj_gap": GAP}),
+    "fira paper": ("FiraAdamW", {"update_proj_gap": GAP, "residual": "paper", "proj_type": "reverse_std"}),
+    "fira matrix": ("FiraAdamW", {"update_proj_gap": GAP, "scaling": "matrix", "subspace": "randomized"}),
+    "apollo": ("ApolloAdamW", {"update_proj_gap": GAP}),
+    "apollo svd": ("ApolloAdamW", {"update_proj_gap": GAP, "subspace": "svd", "proj_type": "reverse_std"}),
+    # at lr 1e-2 this recipe is chaotic on the tiny model: one ulp in the initial weights moves the result by 8e-3
+    "apollo mini": ("ApolloMini", {"update_proj_gap": GAP, "rank": 1, "lr": 1e-3}),
+    "flora": ("Flora", {"kappa": GAP}),
+    "flora unfactored": ("Flora", {"kappa": GAP, "factorize_second_moment": False, "proj_type": "left"}),
+}
+
+
+def settings_of(recipe: str, **more: Any) -> tuple[str, dict[str, Any]]:
+    """(class name, constructor settings) of a row of RECIPES."""
+    name, own = RECIPES[recipe]
+    return name, {"lr": 1e-2, "rank": 8, **own, **more}
+
+
+def build(recipe: str, model: torch.nn.Module, **more: Any) -> torch.optim.Optimizer:
+    """The recipe's optimizer on a model that no engine has taken over, or on a DDP-wrapped one."""
+    name, settings = settings_of(recipe, **more)
+    return getattr(lowrank_ds, name)(model.named_parameters(), **settings)
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """{name: a copy of the whole weight}, gathered under ZeRO-3."""
+    from lowrank_ds.params import canonical
+
+    partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    if partitioned:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(partitioned):
+            return {canonical(n): p.detach().float().clone() for n, p in model.named_parameters()}
+    return {canonical(n): p.detach().float().clone() for n, p in model.named_parameters()}
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """max |a - b| over all weights; NaN counts as infinite."""
+    assert a.keys() == b.keys()
+    differences = [(a[name] - b[name]).abs().max().item() for name in a]
+    return max(d if d == d else float("inf") for d in differences)
+
+
+def one_process(recipe: str, steps: int = STEPS, model: Any = None, **more: Any) -> dict[str, torch.Tensor]:
+    """Weights after training on the whole batches in this process."""
+    model = model or tiny_llama()
+    optimizer = build(recipe, model, **more)
+    for batch in batches(steps):
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights_of(model)
+
+
+def ddp(rank: int, world: int, recipe: str, steps: int = STEPS) -> dict[str, torch.Tensor]:
+    """Weights after training under DistributedDataParallel."""
+    model = torch.nn.parallel.DistributedDataParallel(tiny_llama())
+    optimizer = build(recipe, model)
+    for batch in batches(steps):
+        mine = share(batch, rank, world)
+        model(input_ids=mine, labels=mine).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights_of(model)
+
+
+def ds_config(recipe: str | None, stage: int, world: int, **more: Any) -> dict[str, Any]:
+    """A ds_config that names the recipe's optimizer; `more` overrides top-level keys, `zero` the ZeRO section."""
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 200, **more.pop("zero", {})}
+    config = {"train_micro_batch_size_per_gpu": 12 // world, "gradient_clipping": 0.0, "zero_optimization": zero}
+    if recipe is not None:
+        name, settings = settings_of(recipe, **more.pop("settings", {}))
+        config["optimizer"] = {"type": name, "params": settings}
+    return copy.deepcopy({**config, **more})
+
+
+def zero_engine(recipe: str, stage: int, world: int, model: Any = None, **more: Any) -> Any:
+    """A DeepSpeed engine whose ds_config names the optimizer."""
+    deepspeed = quiet_deepspeed()
+    config = ds_config(recipe, stage, world, **more)
+    return deepspeed.initialize(model=model or tiny_llama(), config=config)[0]
+
+
+def zero(rank: int, world: int, recipe: str, stage: int, steps: int = STEPS, **more: Any) -> dict[str, torch.Tensor]:
+    """Weights after training under ZeRO `stage`."""
+    engine = zero_engine(recipe, stage, world, **more)
+    train_engine(engine, rank, world, steps)
+    weights = weights_of(engine.module)
+    engine.destroy()
+    return weights
+
+
+def train_engine(engine: Any, rank: int, world: int, steps: int = STEPS) -> None:
+    """Drive a DeepSpeed engine over the global batches, split over ranks and micro-batches."""
+    pieces = engine.gradient_accumulation_steps()
+    for batch in batches(steps):
+        for mine in share(batch, rank, world).chunk(pieces):
+            engine.backward(engine(input_ids=mine, labels=mine).loss)
+            engine.step()
