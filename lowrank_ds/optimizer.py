@@ -16,7 +16,6 @@ from torch import Tensor
 from lowrank_ds import engines, options, params, pipeline
 from lowrank_ds.engines.placement import Placement
 from lowrank_ds.layout import Layout, run_all
-from lowrank_ds.linalg import peak
 from lowrank_ds.recipe import Recipe
 
 logger = logging.getLogger("lowrank_ds")
@@ -318,14 +317,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Decide for each matrix, equally on all ranks, whether it steps and refreshes."""
         recipes = {id(group): self.recipe(group) for _, group, _, _ in work}
         asked = [i for i, (slot, g, _, _) in enumerate(work) if slot.step == 0 or _due(slot, recipes[id(g)])]
-        peaks = dict(zip(asked, self._peaks([work[i] for i in asked], device), strict=True))
+        surveys = dict(zip(asked, self._survey([work[i] for i in asked], device), strict=True))
         loads: dict[Any, dict[int, float]] = {}
         jobs = []
         for i, (slot, group, grad, weight) in enumerate(work):
             recipe = recipes[id(group)]
-            found = peaks.get(i, 1.0)
-            usable = math.isfinite(found) and found > 0
-            if not math.isfinite(found):
+            non_finite, non_zero = surveys.get(i, (0.0, 1.0))
+            usable = not non_finite and bool(non_zero)
+            if non_finite:
                 self._report_non_finite(slot)
             if slot.step == 0 and not usable:
                 continue  # a parameter without any gradient so far must not start its clock, its basis or its decay
@@ -353,12 +352,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
             slot.layout.rank, group["stochastic_rounding"],
         )  # fmt: skip
 
-    def _peaks(self, work: list, device: torch.device) -> list[float]:
-        """The largest gradient magnitude of each matrix over all ranks: one exchange and one read for all."""
+    def _survey(self, work: list, device: torch.device) -> list[tuple[float, float]]:
+        """(non-finite, non-zero) of each gradient over all ranks: one all-reduce and one read for all of them."""
         if not work:
             return []
-        found = run_all([(s.layout, pipeline.whole_peak(s.layout, peak(g))) for s, _, g, _ in work], device, _BUCKET)
-        return torch.stack(found).tolist()
+        return torch.stack(run_all([(s.layout, pipeline.survey(g)) for s, _, g, _ in work], device, _BUCKET)).tolist()
 
     def _report_non_finite(self, slot: Slot) -> None:
         self._warn_once(

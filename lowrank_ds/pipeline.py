@@ -155,9 +155,10 @@ def _ask_peaks(job: Job) -> Gather:
     return Gather(mine, len(job.layout.holders))
 
 
-def whole_peak(layout: Layout, mine: Tensor) -> Steps:
-    """The largest gradient magnitude over all holders, 0-d, from this rank's (0-d)."""
-    return (yield Gather(mine.view(1)[: 1 if layout.numel else 0], len(layout.holders))).max()
+def survey(grad: Tensor) -> Steps:
+    """[ranks that hold a non-finite entry, ranks that hold a non-zero one] (2,), known also to ranks that hold none."""
+    mine = linalg.peak(grad)
+    return (yield Sum(torch.stack([~mine.isfinite(), mine != 0]).float()))
 
 
 def _live(peaks: Tensor) -> Tensor:

@@ -32,4 +32,4 @@ def locate(host: Tensor, hosts: Sequence[Tensor], members: Sequence[tuple[str, T
         own = next(name for p, (name, _) in zip(hosts, members, strict=True) if p is host)
     if own is not None:
         return plain.locate(host, own)
-    return deepspeed.locate(host, [(name, param) for name, param in members if param is not None])
+    return deepspeed.locate(host, members)

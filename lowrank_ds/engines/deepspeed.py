@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -63,18 +64,18 @@ def check_version(version: str) -> None:
     )
 
 
-def locate(host: Tensor, members: list[tuple[str, Tensor]]) -> list[Placement]:
+def locate(host: Tensor, members: Sequence[tuple[str, Tensor | None]]) -> list[Placement]:
     """The pieces of parameters that the partition `host` holds.
 
     Args:
-        members: (name, original parameter) of the param group that `host` belongs to.
+        members: (name, original parameter or None if it is gone) of the param group that `host` belongs to.
 
     Raises:
         RuntimeError: no ZeRO record explains `host`, or the DeepSpeed version is not tested.
     """
     if "deepspeed" in sys.modules:
         check_version(sys.modules["deepspeed"].__version__)
-    trained = [(name, p) for name, p in members if p.requires_grad and _numel(p)]
+    trained = [(name, p) for name, p in members if p is not None and p.requires_grad and _numel(p)]
     if any(hasattr(p, "_z3_optimizer") for _, p in trained):
         return _stage3(host, trained)
     if any(hasattr(p, "_dp_group") for _, p in trained):
