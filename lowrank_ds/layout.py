@@ -54,6 +54,21 @@ class Exchange:
     receives: Mapping[int, int]
 
 
+def together(*parts: Steps) -> Steps:
+    """Advance several generators side by side, asking for all they need in one round. Answers their results."""
+    results: list[Any] = [None] * len(parts)
+    answers: dict[int, Any] = dict.fromkeys(range(len(parts)))
+    while answers:
+        requests = {}
+        for i, answer in answers.items():
+            try:
+                requests[i] = parts[i].send(answer)
+            except StopIteration as stop:
+                results[i] = stop.value
+        answers = dict(zip(requests, (yield tuple(requests.values())), strict=True)) if requests else {}
+    return results
+
+
 class Block(NamedTuple):
     """A rectangle of the matrix that is contiguous in a rank's entries.
 
@@ -316,9 +331,7 @@ def run(tasks: Sequence[tuple[Layout, Steps]], device: torch.device) -> list[Any
 def _serve(requests: dict[int, tuple[Layout, Any]], group: Any, device: torch.device) -> dict[int, Any]:
     """Answer one round of requests: one all-to-all for what moves, one all-reduce per dtype for what is summed."""
     single = {
-        (i, part): (layout, item)
-        for i, (layout, request) in requests.items()
-        for part, item in enumerate(request if isinstance(request, tuple) else (request,))
+        (i, *path): (layout, item) for i, (layout, request) in requests.items() for path, item in _leaves(request)
     }
     sums = {key: item.tensor for key, (_, item) in single.items() if isinstance(item, Sum)}
     moves = {
@@ -330,10 +343,21 @@ def _serve(requests: dict[int, tuple[Layout, Any]], group: Any, device: torch.de
     for key, (layout, item) in single.items():
         if isinstance(item, Gather):
             answers[key] = _gathered(layout, item, answers[key])
-    return {
-        i: tuple(answers[i, part] for part in range(len(request))) if isinstance(request, tuple) else answers[i, 0]
-        for i, (_, request) in requests.items()
-    }
+    return {i: _shaped(request, answers, (i,)) for i, (_, request) in requests.items()}
+
+
+def _leaves(request: Any, path: tuple[int, ...] = ()) -> Iterable[tuple[tuple[int, ...], Any]]:
+    """The single requests in nested tuples of them, with their places."""
+    if not isinstance(request, tuple):
+        return [(path, request)]
+    return [leaf for i, part in enumerate(request) for leaf in _leaves(part, (*path, i))]
+
+
+def _shaped(request: Any, answers: Mapping[Any, Any], path: tuple[int, ...]) -> Any:
+    """The answers in the shape of the request."""
+    if not isinstance(request, tuple):
+        return answers[path]
+    return tuple(_shaped(part, answers, (*path, i)) for i, part in enumerate(request))
 
 
 def _gather_moves(layout: Layout, item: Gather) -> Exchange:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lowrank_ds import linalg
-from lowrank_ds.layout import Gather, Layout, Lines, Steps, Sum
+from lowrank_ds.layout import Gather, Layout, Lines, Steps, Sum, together
 from lowrank_ds.projection import choose
 from lowrank_ds.recipe import Recipe
 from lowrank_ds.rules import Adafactor, Adam
@@ -103,9 +103,8 @@ def projected_gradient(job: Job) -> Steps:
     coords, squares = yield from side.down(job.grad, basis, recipe.residual.needs_squares)
     coords = _where(live, coords)
     squares = None if squares is None else _where(live, squares)
-    direction, correction = yield from _direction(job, coords, side.lines, live)
+    direction, correction, scale = yield from _direction(job, coords, side.lines, live)
     factor, direction = yield from recipe.residual.combine(coords, direction, squares, state, side.lines, live)
-    scale = yield from _parameter_scale(job)
     factor, direction = (None if x is None else _where(live, x) for x in (factor, direction))
     factor, direction = yield from side.spread(factor, direction)
     _write(job, side, basis, job.grad, factor, direction, job.lr * correction, scale, live)
@@ -170,12 +169,14 @@ def _where(live: Tensor, x: Tensor) -> Tensor:
 
 
 def _direction(job: Job, x: Tensor, lines: Lines, live: Tensor) -> Steps:
-    """(direction, factor of the step size) of the rule on complete lines x (lines, width)."""
+    """(direction, step-size factor, Adafactor's parameter scale or None) of the rule on complete lines x (lines, r)."""
     rule, state = job.recipe.rule, job.state
     if isinstance(rule, Adam):
-        return rule.update(x, state, live), rule.correction(job.moment_step)
+        return rule.update(x, state, live), rule.correction(job.moment_step), None
     raw = yield from rule.precondition(x, state, lines, live, job.moment_step)
-    return _momentum(rule, rule.clip(raw, (yield from lines.square_sum(raw)), lines.total * x.shape[1]), state, live), 1.0
+    square, scale = yield from together(lines.square_sum(raw), _parameter_scale(job))
+    update = rule.clip(raw, square, lines.total * x.shape[1]).mul_(scale)
+    return _momentum(rule, update, state, live), 1.0, scale
 
 
 def _momentum(rule: Adafactor, update: Tensor, state, live: Tensor) -> Tensor:
@@ -185,10 +186,10 @@ def _momentum(rule: Adafactor, update: Tensor, state, live: Tensor) -> Tensor:
 
 
 def _parameter_scale(job: Job) -> Steps:
-    """Adafactor's max(eps, RMS(W)), 0-d; None for rules whose step does not depend on the weights."""
+    """Adafactor's max(eps, RMS(W)), 0-d; 1 when `scale_parameter` is off."""
     rule = job.recipe.rule
-    if isinstance(rule, Adam) or not rule.scale_parameter:
-        return None
+    if not rule.scale_parameter:
+        return torch.ones((), device=job.weight.device)
     total = yield Sum(linalg.row_square_sums(job.weight.view(1, -1)).sum())
     return rule.parameter_scale(total, job.layout.shape[0] * job.layout.shape[1])
 
@@ -201,19 +202,18 @@ def compressed_momentum(job: Job) -> Steps:
     side = choose(how.proj_type, job.layout, how.rank)
     update, live = yield from _preconditioned(job)
     basis = side.random((*job.key, max(job.refresh_count - 1, 0)), job.grad.device)
-    coords, _ = yield from side.down(update, basis, False)
+    (coords, _), gram = yield from together(side.down(update, basis, False), side.overlap(basis, basis))
     old = state["exp_avg"].clone()
-    square = yield from _mixed_square(side, update, coords, old, basis, beta1)
+    square, scale = yield from together(_mixed_square(side, update, coords, old, gram, beta1), _parameter_scale(job))
     if job.refresh and job.refresh_count:
         new = side.random((*job.key, job.refresh_count), job.grad.device)
-        state["exp_avg"].copy_(state["exp_avg"] @ (yield from side.overlap(basis, new)))
-        coords, _ = yield from side.down(update, new, False)
+        moved, (coords, _) = yield from together(side.overlap(basis, new), side.down(update, new, False))
+        state["exp_avg"].copy_(state["exp_avg"] @ moved)
     state["exp_avg"].lerp_(coords, live * (1 - beta1))
-    scale = yield from _parameter_scale(job)
     numel = job.layout.shape[0] * job.layout.shape[1]
-    clip = 1.0 / ((square / numel).sqrt() / job.recipe.rule.clip_threshold).clamp_min(1.0)
-    factor = (live * clip * (1 - beta1)).expand(side.line_count)
-    factor, direction = yield from side.spread(factor, _where(live, clip * beta1 * old))
+    size = live * scale / ((square / numel).sqrt() / job.recipe.rule.clip_threshold).clamp_min(1.0)
+    factor = ((1 - beta1) * size).expand(side.line_count)
+    factor, direction = yield from side.spread(factor, beta1 * size * old)
     _write(job, side, basis, update, factor, direction, job.lr, scale, live)
 
 
@@ -230,37 +230,40 @@ def _preconditioned(job: Job) -> Steps:
     return layout.unpad(dense), live
 
 
-def _mixed_square(side, update: Tensor, coords: Tensor, momentum: Tensor, basis: dict, beta1: float) -> Steps:
+def _mixed_square(side, update: Tensor, coords: Tensor, momentum: Tensor, gram: Tensor, beta1: float) -> Steps:
     """|(1 - b1) U + b1 M B^T|^2 without forming M B^T: <U, M B^T> = <U B, M>, |M B^T|^2 = <M (B^T B), M>."""
-    gram = yield from side.overlap(basis, basis)
-    inner = torch.stack([(coords * momentum).sum(1), ((momentum @ gram) * momentum).sum(1)], 1)
-    cross = yield from side.lines.sum_over_lines(inner)
-    own = yield Sum(update.square().sum())
-    return ((1 - beta1) ** 2 * own + 2 * beta1 * (1 - beta1) * cross[0] + beta1**2 * cross[1]).clamp_min(0)
+    inner = torch.stack([(coords * momentum).sum(1), ((momentum @ gram) * momentum).sum(1)], 1)[side.lines.owned]
+    own, mixed, past = yield Sum(torch.stack([update.square().sum(), *inner.sum(0)]))
+    return ((1 - beta1) ** 2 * own + 2 * beta1 * (1 - beta1) * mixed + beta1**2 * past).clamp_min(0)
 
 
 # --- parameters that are not projected -----------------------------------------------------------------------------------
 def plain(job: Job) -> Steps:
     """The recipe's rule on the parameter itself: biases, norms, embeddings."""
-    rule = job.recipe.rule
+    rule, scale, correction = job.recipe.rule, None, 1.0
     if isinstance(rule, Adam):
         live = _live((yield _ask_peaks(job)))
         grad = _where(live, job.grad.float())
         update = rule.update(grad.view_as(job.state["exp_avg"]), job.state, live).view(-1)
-        correction, scale = rule.correction(job.step), None
+        correction = rule.correction(job.step)
     else:
-        update, live = yield from _full_adafactor(job)
-        correction, scale = 1.0, (yield from _parameter_scale(job))
+        update, live, scale = yield from _full_adafactor(job)
     _write_entries(job, _where(live, update), job.lr * correction, scale)
 
 
 def _full_adafactor(job: Job) -> Steps:
-    rule, state, numel = job.recipe.rule, job.state, job.layout.shape[0] * job.layout.shape[1]
-    update, live = yield from _preconditioned(job)
+    """(update, liveness, parameter scale) of this rank's entries (numel,)."""
+    rule, state = job.recipe.rule, job.state
+    raw, live = yield from _preconditioned(job)
     if rule.momentum_first:
-        update = _momentum(rule, update, state, live).clone()
-    update = rule.clip(update, (yield Sum(update.square().sum())), numel)
-    return update if rule.momentum_first else _momentum(rule, update, state, live), live
+        raw = _momentum(rule, raw, state, live).clone()
+    square, scale = yield from together(_sum(raw.square().sum()), _parameter_scale(job))
+    update = rule.clip(raw, square, job.layout.shape[0] * job.layout.shape[1]).mul_(scale)
+    return update if rule.momentum_first else _momentum(rule, update, state, live), live, scale
+
+
+def _sum(tensor: Tensor) -> Steps:
+    return (yield Sum(tensor))
 
 
 # --- writing -----------------------------------------------------------------------------------------------------------
@@ -273,14 +276,12 @@ def _write_entries(job: Job, update: Tensor, step_size: float, scale: Tensor | N
     weight = job.weight if job.weight.dtype == torch.float32 else job.weight.float()
     if job.weight_decay:
         weight.mul_(_keep(job, scale))
-    weight.sub_(update, alpha=step_size) if scale is None else weight.sub_(update * scale, alpha=step_size)
+    weight.sub_(update, alpha=step_size)
     _round_back(job, weight, slice(0, weight.numel()))
 
 
 def _write(job: Job, side, basis, source: Tensor, factor, direction, step_size: float, scale, live: Tensor) -> None:
-    """W <- (1 - lr wd) W - step_size * scale * (factor o source + direction B^T), block by block, in place."""
-    if scale is not None:
-        factor, direction = (None if x is None else x * scale for x in (factor, direction))
+    """W <- (1 - lr scale wd) W - step_size * (factor o source + direction B^T), block by block, in place."""
     for block in job.layout.blocks:
         stored = block.of(job.weight)
         weight = stored if stored.dtype == torch.float32 else stored.float()

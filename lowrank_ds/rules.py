@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_ds.layout import Gather, Lines, Steps, Sum
+from lowrank_ds.layout import Gather, Lines, Steps, Sum, together
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,15 @@ class Adafactor:
 
     def _factored(self, x: Tensor, state: dict[str, Tensor], lines: Lines, weight: Tensor) -> Steps:
         square, width = x.square(), x.shape[1]
-        rows = yield from lines.complete(square.sum(1))
         mine = square if lines.partial else square[lines.owned]
-        columns, column_mean = yield Sum(mine.sum(0)), Gather(state["exp_avg_sq_col"], width)
+        rows, (columns, column_mean) = yield from together(
+            lines.complete(square.sum(1)), _ask(Sum(mine.sum(0)), Gather(state["exp_avg_sq_col"], width))
+        )
         column_mean = torch.lerp(column_mean, columns / lines.total + self.eps[0], weight)
         state["exp_avg_sq_col"].copy_(column_mean[lines.layout.chunk(width)])
         row_mean = state["exp_avg_sq_row"].lerp_(rows / width + self.eps[0], weight)
-        mean = (yield from lines.sum_over_lines(row_mean)) / lines.total
-        return x * (mean / row_mean).sqrt().unsqueeze(1) * column_mean.rsqrt()
+        # The mean of the row means, which the formula asks for, is the mean of the column means: no further sum.
+        return x * (column_mean.mean() / row_mean).sqrt().unsqueeze(1) * column_mean.rsqrt()
 
     def clip(self, update: Tensor, square_sum: Tensor, numel: int) -> Tensor:
         """Scale `update` in place so that its RMS, sqrt(square_sum / numel), is at most `clip_threshold`."""
@@ -110,3 +111,7 @@ class Adafactor:
         if not self.scale_parameter:
             return torch.ones_like(weight_square_sum)
         return (weight_square_sum / numel).sqrt().clamp_min(self.eps[1])
+
+
+def _ask(*requests: Sum | Gather) -> Steps:
+    return (yield requests)

@@ -96,24 +96,59 @@ def zero_init(world_stage: int) -> Callable:
 
 
 def special_model(kind: str) -> nn.Module:
-    """The tiny LLaMA with a frozen matrix, an unused layer, a tied embedding, or a NaN gradient at step 3 (or 5)."""
+    """The tiny LLaMA with a frozen matrix, an unused layer, or a tied embedding."""
     model = tiny_llama(tie_word_embeddings=kind == "tied")
     target = model.model.layers[1].mlp.up_proj.weight
     if kind == "frozen":
         target.requires_grad_(False)
     if kind == "unused":
         model.unused = nn.Linear(20, 16)
-    if kind.startswith("nan"):
-        calls = [0]
-
-        def poison(grad: torch.Tensor) -> torch.Tensor:
-            calls[0] += 1
-            bad = grad.clone()
-            bad[7, 3] = float("nan") if calls[0] == int(kind[3:]) + 1 else bad[7, 3]
-            return bad
-
-        target.register_hook(poison)
     return model
+
+
+POISONED = "model.layers.1.mlp.up_proj.weight"
+
+
+def poison(optimizer: torch.optim.Optimizer, when: int) -> None:
+    """One entry of POISONED's gradient becomes NaN just before step `when` (0, 1, ...), on the rank that holds it.
+
+    Injected below the engine: DeepSpeed drops a whole step whose gradients it sees to be non-finite.
+    """
+    calls, place = [0], 7 * 36 + 3
+
+    def hook(*_: Any) -> None:
+        if calls[0] == when:
+            for slot in [s for slots in optimizer._slots.values() for s in slots if s.name == POISONED]:
+                first, last = slot.layout.span(slot.layout.rank)
+                if first <= place < last:
+                    slot.entries(slot.host.grad.view(-1))[place - first] = float("nan")
+        calls[0] += 1
+
+    optimizer.register_step_pre_hook(hook)
+
+
+def poisoned(stage: int, when: int) -> Callable:
+    """Fira under ZeRO with one NaN."""
+
+    def make(deepspeed: Any, world: int) -> Any:
+        engine = training.zero_engine("fira", stage, world)
+        poison(engine.basic_optimizer, when)
+        return engine
+
+    return with_engine(make)
+
+
+def poisoned_reference(when: int) -> dict[str, torch.Tensor]:
+    """One process with the same NaN."""
+    model = tiny_llama()
+    optimizer = training.build("fira", model)
+    poison(optimizer, when)
+    for batch in batches(STEPS):
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.skipped() == {POISONED: 1}
+    return training.weights_of(model)
 
 
 def special(kind: str, stage: int) -> Callable:
@@ -123,16 +158,19 @@ def special(kind: str, stage: int) -> Callable:
 
 
 def accumulated(clip: float, schedule: bool) -> dict[str, torch.Tensor]:
-    """One process: the mean gradient of the whole batch, clipped, with a linear warm-up."""
+    """One process: the mean gradient of the whole batch, clipped, under DeepSpeed's own WarmupLR."""
     model = tiny_llama()
     optimizer = training.build("fira", model)
-    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1.0, t / 4) if schedule else 1.0)
+    from deepspeed.runtime.lr_schedules import WarmupLR
+
+    warmup = WarmupLR(optimizer, **WARMUP["params"]) if schedule else None
     for batch in batches(STEPS):
         model(input_ids=batch, labels=batch).loss.backward()
         if clip:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
-        warmup.step()
+        if warmup:
+            warmup.step()
         optimizer.zero_grad()
     return training.weights_of(model)
 
@@ -185,8 +223,8 @@ CASES: dict[str, tuple[Callable, Callable]] = {
         for kind, stage in (("frozen", 2), ("frozen", 3), ("unused", 1), ("tied", 2), ("tied", 3))
     },
     **{
-        f"{kind}, zero{stage}": (special(kind, stage), functools.partial(special_reference, kind))
-        for kind, stage in (("nan3", 2), ("nan5", 2), ("nan3", 3), ("nan5", 3))
+        f"NaN at step {when}, zero{stage}": (poisoned(stage, when), functools.partial(poisoned_reference, when))
+        for when, stage in ((3, 2), (5, 2), (3, 3), (5, 3))
     },
 }
 
