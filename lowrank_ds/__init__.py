@@ -12,7 +12,6 @@ from lowrank_ds.memory import state_bytes
 from lowrank_ds.params import divide_params, param_groups
 from lowrank_ds.version import __version__
 
-
 __all__ = [
     "__version__",
     "ApolloAdamW",

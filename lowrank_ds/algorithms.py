@@ -57,7 +57,7 @@ def _adam(group: Mapping[str, Any]) -> Adam:
 
 def _adafactor(group: Mapping[str, Any], **fixed: Any) -> Adafactor:
     if not isinstance(group["eps"], (tuple, list)):
-        raise ValueError(f"eps must be two numbers (for squared gradients, for the parameter scale), got {group['eps']}.")
+        raise ValueError(f"eps must be two numbers (squared gradients, parameter scale), got {group['eps']}.")
     names = ("clip_threshold", "decay_rate", "beta1", "scale_parameter")
     return Adafactor(eps=tuple(group["eps"]), **({n: group[n] for n in names} | fixed))
 
@@ -107,7 +107,7 @@ class GaLoreAdafactor(_Adafactor):
     """GaLore with Adafactor on the coordinates (galore-torch's GaLoreAdafactor).
 
     Options as GaLoreAdamW's and Adafactor's; lr=None means Adafactor's relative step. With `beta1` the momentum is
-    taken before the learning rate (the package: after it; equal while lr is constant).
+    of the update before the learning rate, max(eps, RMS(W)) included (the package: lr too; equal while lr is constant).
     """
 
     OPTIONS = {**_ADAFACTOR, **_SVD, "scale": 0.25, **COMMON}

@@ -7,56 +7,19 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lowrank_ds import engines, options, params, pipeline
-from lowrank_ds.engines.placement import Placement
-from lowrank_ds.layout import Layout, run_all
+from lowrank_ds.collectives import run_all
+from lowrank_ds.job import Job
 from lowrank_ds.recipe import Recipe
+from lowrank_ds.slots import COUNTERS, Slot, adopt_state, cut, deal, due, offset
 
 logger = logging.getLogger("lowrank_ds")
 _BUCKET = 1 << 27  # matrix entries whose shared work is alive at once
-_COUNTERS = ("step", "refreshes", "last_refresh", "moment_step")
-
-
-@dataclass
-class Slot:
-    """One matrix (or plain parameter) inside a tensor of `param_groups`, as far as this rank holds it.
-
-    start: offset in the tensor's entries. state: its state tensors, the same objects as in `optimizer.state`.
-    The counters mirror 0-d state tensors, so that no step reads a number back from the device.
-    """
-
-    name: str
-    host: Tensor
-    start: int
-    layout: Layout
-    projected: bool
-    state: dict[str, Tensor] = field(default_factory=dict)
-    step: int = 0
-    refreshes: int = 0
-    last_refresh: int = 0
-    moment_step: int = 0
-
-    def read_counters(self) -> None:
-        """Take the counters from the state (after loading)."""
-        for name in _COUNTERS:
-            if name in self.state:
-                setattr(self, name, int(self.state[name]))
-
-    def write_counters(self) -> None:
-        """Store the counters into the state."""
-        for name in _COUNTERS:
-            if name in self.state:
-                self.state[name].fill_(getattr(self, name))
-
-    def entries(self, flat: Tensor) -> Tensor:
-        """This rank's entries (numel,) out of the tensor's flattened entries."""
-        return flat[self.start : self.start + self.layout.numel]
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -93,7 +56,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         groups = self._as_groups(params_)
         by_group = any("rank" in group for group in groups)
         if by_group and settings.get("rank") is not None:
-            raise ValueError(f"{type(self).__name__}: rank={settings['rank']} is given, but param groups carry their own 'rank'.")
+            raise ValueError(
+                f"{type(self).__name__}: rank={settings['rank']} is given, but param groups carry their own 'rank'."
+            )
         defaults = {**self.OPTIONS, **settings}
         if by_group:
             defaults["rank"] = None
@@ -199,49 +164,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if host not in self._slots:
             members = [(name, self._originals[name]()) for name in group["param_names"]]
             placements = engines.locate(host, group["params"], members)
-            slots = [slot for placement in placements for slot in self._cut(group, host, placement)]
+            slots = [s for at in placements for s in cut(host, at, at.name in self._projected, group["matricize"])]
             for slot in slots:
-                self._adopt_state(slot, self.recipe(group), single=len(slots) == 1 and slot.layout.numel == host.numel())
+                single = len(slots) == 1 and slot.layout.numel == host.numel()
+                adopt_state(slot, self.recipe(group), self.state[host], single)
             self._slots[host] = slots
         return self._slots[host]
-
-    def _cut(self, group: dict[str, Any], host: Tensor, at: Placement) -> list[Slot]:
-        """One slot for a plain parameter, one per matrix for a projected one."""
-        projected = at.name in self._projected
-        if projected or len(at.shape) >= 2:
-            count, m, n = params.matrices(at.shape, group["matricize"] if projected else "flatten")
-        else:
-            count, m, n = 1, 1, math.prod(at.shape)
-        slots = []
-        for i in range(count):
-            cuts = tuple(min(max(cut - i * m * n, 0), m * n) for cut in at.cuts)
-            start = at.offset + max(0, i * m * n - at.cuts[at.rank])
-            layout = Layout((m, n), cuts, at.rank, at.group)
-            if layout.numel or layout.shared:  # what another rank holds alone is not our business
-                slots.append(Slot(at.name if count == 1 else f"{at.name}[{i}]", host, start, layout, projected))
-        return slots
-
-    def _adopt_state(self, slot: Slot, recipe: Recipe, single: bool) -> None:
-        """Create the slot's state, or take over what `load_state_dict` put there."""
-        plain_shape = tuple(slot.host.shape) if single else (slot.layout.numel,)
-        shapes = pipeline.state_shapes(slot.layout, recipe, slot.projected, plain_shape)
-        counters = _COUNTERS if slot.projected else _COUNTERS[:1]
-        store, prefix = self.state[slot.host], "" if single else f"{slot.name}::"
-        loaded = any(key.startswith(prefix) for key in store) if prefix else bool(store)
-        for name, shape in {**shapes, **dict.fromkeys(counters, ())}.items():
-            key = prefix + name
-            if key in store:
-                _check_loaded(slot.name, name, store[key], shape)
-            elif loaded:
-                raise ValueError(
-                    f"{slot.name}: the loaded state has no {name!r} (it has {', '.join(sorted(store)[:6])} ...). It was "
-                    "saved by another optimizer, or with other options; load it into the same one."
-                )
-            else:
-                device = torch.device("cpu") if name in counters else slot.host.device
-                store[key] = torch.full(shape, math.inf if name == "residual_norm" else 0.0, device=device)
-            slot.state[name] = store[key]
-        slot.read_counters()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch.optim does, but keep the dtype of every state tensor (torch would cast to the parameter's)."""
@@ -250,11 +178,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         theirs = [i for group in state_dict["param_groups"] for i in group["params"]]
         for index, p in zip(theirs, ours, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
-                counter = name.split("::")[-1] in _COUNTERS
+                counter = name.split("::")[-1] in COUNTERS
                 self.state[p][name] = value.detach().clone().to("cpu" if counter else p.device)
         self._slots.clear()
 
-    # -- the step -------------------------------------------------------------------------------------------------------
+    # -- the step -----------------------------------------------------------------------------------------------
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on every parameter that has a gradient.
@@ -313,10 +241,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if copy is not None:
             host.copy_(copy)
 
-    def _jobs(self, work: list, device: torch.device) -> list[tuple[Slot, pipeline.Job]]:
+    def _jobs(self, work: list, device: torch.device) -> list[tuple[Slot, Job]]:
         """Decide for each matrix, equally on all ranks, whether it steps and refreshes."""
         recipes = {id(group): self.recipe(group) for _, group, _, _ in work}
-        asked = [i for i, (slot, g, _, _) in enumerate(work) if slot.step == 0 or _due(slot, recipes[id(g)])]
+        asked = [i for i, (slot, g, _, _) in enumerate(work) if slot.step == 0 or due(slot, recipes[id(g)])]
         surveys = dict(zip(asked, self._survey([work[i] for i in asked], device), strict=True))
         loads: dict[Any, dict[int, float]] = {}
         jobs = []
@@ -328,25 +256,25 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 self._report_non_finite(slot)
             if slot.step == 0 and not usable:
                 continue  # a parameter without any gradient so far must not start its clock, its basis or its decay
-            refresh = usable and _due(slot, recipe)
+            refresh = usable and due(slot, recipe)
             job = self._job(slot, group, recipe, grad, weight, refresh)
             if refresh and recipe.subspace.method == "svd" and slot.layout.shared:
-                job.owner = _deal(loads.setdefault(slot.layout.group, {}), slot.layout)
+                job.owner = deal(loads.setdefault(slot.layout.group, {}), slot.layout)
             jobs.append((slot, job))
             slot.write_counters()
         return jobs
 
-    def _job(self, slot: Slot, group, recipe: Recipe, grad: Tensor, weight: Tensor, refresh: bool) -> pipeline.Job:
+    def _job(self, slot: Slot, group, recipe: Recipe, grad: Tensor, weight: Tensor, refresh: bool) -> Job:
         count = slot.refreshes
         if refresh:
             stagger = recipe.subspace.stagger and count == 0
-            slot.last_refresh = slot.step - (_offset(slot.name, recipe.subspace.every) if stagger else 0)
+            slot.last_refresh = slot.step - (offset(slot.name, recipe.subspace.every) if stagger else 0)
             slot.refreshes += 1
             if recipe.subspace.on_refresh == "reset":
                 slot.moment_step = 0
         slot.step += 1
         slot.moment_step += 1
-        return pipeline.Job(
+        return Job(
             slot.layout, recipe, grad, weight, slot.state, (group["seed"], slot.name), slot.step, slot.moment_step,
             self.learning_rate(group, slot.step), float(group["weight_decay"]), refresh, count,
             slot.layout.rank, group["stochastic_rounding"],
@@ -374,37 +302,3 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if key not in self._warned:
             self._warned.add(key)
             logger.warning("%s: %s", type(self).__name__, message)
-
-
-def _due(slot: Slot, recipe: Recipe) -> bool:
-    """Whether a new basis is due: at the first step, then every T steps (Flora: when step % kappa == 0)."""
-    if not slot.projected:
-        return False
-    if slot.refreshes == 0:
-        return True
-    if recipe.momentum:
-        return (slot.step + 1) % recipe.subspace.every == 0
-    return slot.step - slot.last_refresh >= recipe.subspace.every
-
-
-def _offset(name: str, every: int) -> int:
-    return sum(name.encode()) * 2654435761 % 2**32 % every
-
-
-def _deal(load: dict[int, float], layout: Layout) -> int:
-    """Give the exact SVD of a shared matrix to the rank with the least work so far.
-
-    Matrices that one rank holds are factorised there; they cannot be counted, the other ranks do not see them.
-    """
-    m, n = layout.shape
-    owner = min(range(len(layout.cuts) - 1), key=lambda i: load.get(i, 0.0))
-    load[owner] = load.get(owner, 0.0) + m * n * min(m, n)
-    return owner
-
-
-def _check_loaded(parameter: str, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(value.shape) != tuple(shape):
-        raise ValueError(
-            f"{parameter}: the loaded {name!r} has shape {tuple(value.shape)}, expected {tuple(shape)}. It was saved with "
-            "another rank, proj_type or sharding; resume with the same ones."
-        )

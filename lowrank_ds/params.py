@@ -58,7 +58,9 @@ def prepare_group(group: dict[str, Any], index: int) -> dict[str, Any]:
         if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
             names[i], item = item
         if not isinstance(item, Tensor):
-            raise TypeError(f"param group {index}: expected tensors or (name, tensor) pairs, got {type(item).__name__}.")
+            raise TypeError(
+                f"param group {index}: expected tensors or (name, tensor) pairs, got {type(item).__name__}."
+            )
         names[i] = names[i] or engines.name_of(item) or f"group{index}.param{i}"
         tensors.append(item)
     return {**group, "params": tensors, "param_names": [canonical(name) for name in names]}

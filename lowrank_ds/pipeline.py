@@ -1,4 +1,4 @@
-"""From gradient to weight: the phases of a step for one matrix, as a generator that `layout.run` drives.
+"""From gradient to weight: the phases of a step for one matrix, as a generator that `collectives.run` drives.
 
     gather basis, liveness -> (refresh) -> project -> complete lines -> rule -> residual norms -> spread -> write
 
@@ -13,46 +13,18 @@ moments and weights stay (decoupled weight decay, which does not depend on the g
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import MutableMapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lowrank_ds import linalg
-from lowrank_ds.layout import Gather, Layout, Lines, Steps, Sum, together
+from lowrank_ds.job import Job, where_live, write, write_entries
+from lowrank_ds.layout import Layout, Lines
 from lowrank_ds.projection import choose
 from lowrank_ds.recipe import Recipe
+from lowrank_ds.requests import Gather, Steps, Sum, together
 from lowrank_ds.rules import Adafactor, Adam
 from lowrank_ds.subspace import Sharded, factorize
-
-_CHUNK = 1 << 16  # entries of G scaled at a time on CPU: a temporary that stays in cache, never a second G
-
-
-@dataclass
-class Job:
-    """One matrix in one step.
-
-    grad, weight: this rank's entries (numel,), views of what the optimizer was handed.
-    state: the matrix's state tensors. step: 1, 2, ...; moment_step: the same since moments were last reset.
-    lr, weight_decay: of this step. refresh: whether a new basis is due; refresh_count: bases drawn before this step;
-    owner: the rank that computes an exact SVD. key: (run seed, parameter name), the source of all randomness.
-    """
-
-    layout: Layout
-    recipe: Recipe
-    grad: Tensor
-    weight: Tensor
-    state: MutableMapping[str, Tensor]
-    key: tuple[int, str]
-    step: int
-    moment_step: int
-    lr: float
-    weight_decay: float
-    refresh: bool = False
-    refresh_count: int = 0
-    owner: int = 0
-    stochastic_rounding: bool = True
 
 
 def update(job: Job, projected: bool) -> Steps:
@@ -65,7 +37,7 @@ def update(job: Job, projected: bool) -> Steps:
 # --- state -----------------------------------------------------------------------------------------------------------
 def state_shapes(layout: Layout, recipe: Recipe, projected: bool, plain_shape: tuple[int, ...]) -> dict[str, tuple]:
     """{state name: shape} of the fp32 tensors this rank keeps for one matrix."""
-    rule, width = recipe.rule, layout.shape[1]
+    rule = recipe.rule
     if not projected and isinstance(rule, Adam):
         return dict.fromkeys(rule.state_shapes(1, 1, 1), plain_shape)
     if not projected:
@@ -101,13 +73,13 @@ def projected_gradient(job: Job) -> Steps:
     basis, live = yield from _basis(job, side)
     state["skipped"].add_(1 - live)
     coords, squares = yield from side.down(job.grad, basis, recipe.residual.needs_squares)
-    coords = _where(live, coords)
-    squares = None if squares is None else _where(live, squares)
+    coords = where_live(live, coords)
+    squares = None if squares is None else where_live(live, squares)
     direction, correction, scale = yield from _direction(job, coords, side.lines, live)
     factor, direction = yield from recipe.residual.combine(coords, direction, squares, state, side.lines, live)
-    factor, direction = (None if x is None else _where(live, x) for x in (factor, direction))
+    factor, direction = (None if x is None else where_live(live, x) for x in (factor, direction))
     factor, direction = yield from side.spread(factor, direction)
-    _write(job, side, basis, job.grad, factor, direction, job.lr * correction, scale, live)
+    write(job, side, basis, job.grad, factor, direction, job.lr * correction, scale, live)
 
 
 def _refresh(job: Job, side) -> Steps:
@@ -164,10 +136,6 @@ def _live(peaks: Tensor) -> Tensor:
     return peaks.max().isfinite().float()
 
 
-def _where(live: Tensor, x: Tensor) -> Tensor:
-    return torch.where(live > 0, x, torch.zeros((), dtype=x.dtype, device=x.device))
-
-
 def _direction(job: Job, x: Tensor, lines: Lines, live: Tensor) -> Steps:
     """(direction, step-size factor, Adafactor's parameter scale or None) of the rule on complete lines x (lines, r)."""
     rule, state = job.recipe.rule, job.state
@@ -182,7 +150,11 @@ def _direction(job: Job, x: Tensor, lines: Lines, live: Tensor) -> Steps:
 def _momentum(rule: Adafactor, update: Tensor, state, live: Tensor) -> Tensor:
     if not rule.beta1:
         return update
-    return state["exp_avg"].lerp_(_where(live, update).view_as(state["exp_avg"]), live * (1 - rule.beta1)).view_as(update)
+    return (
+        state["exp_avg"]
+        .lerp_(where_live(live, update).view_as(state["exp_avg"]), live * (1 - rule.beta1))
+        .view_as(update)
+    )
 
 
 def _parameter_scale(job: Job) -> Steps:
@@ -214,14 +186,14 @@ def compressed_momentum(job: Job) -> Steps:
     size = live * scale / ((square / numel).sqrt() / job.recipe.rule.clip_threshold).clamp_min(1.0)
     factor = ((1 - beta1) * size).expand(side.line_count)
     factor, direction = yield from side.spread(factor, beta1 * size * old)
-    _write(job, side, basis, update, factor, direction, job.lr, scale, live)
+    write(job, side, basis, update, factor, direction, job.lr, scale, live)
 
 
 def _preconditioned(job: Job) -> Steps:
     """Adafactor's raw update of the whole matrix: this rank's entries (numel,), zeros when not live."""
     layout, rule = job.layout, job.recipe.rule
     live = _live((yield _ask_peaks(job)))
-    grad = _where(live, job.grad.float())
+    grad = where_live(live, job.grad.float())
     if not rule.is_factored(*layout.shape):
         lines = Lines(layout, slice(0, 1), 1, partial=True)
         return (yield from rule.precondition(grad.view(1, -1), job.state, lines, live, job.step)).view(-1), live
@@ -237,18 +209,18 @@ def _mixed_square(side, update: Tensor, coords: Tensor, momentum: Tensor, gram: 
     return ((1 - beta1) ** 2 * own + 2 * beta1 * (1 - beta1) * mixed + beta1**2 * past).clamp_min(0)
 
 
-# --- parameters that are not projected -----------------------------------------------------------------------------------
+# --- parameters that are not projected ------------------------------------------------------------------------------
 def plain(job: Job) -> Steps:
     """The recipe's rule on the parameter itself: biases, norms, embeddings."""
     rule, scale, correction = job.recipe.rule, None, 1.0
     if isinstance(rule, Adam):
         live = _live((yield _ask_peaks(job)))
-        grad = _where(live, job.grad.float())
+        grad = where_live(live, job.grad.float())
         update = rule.update(grad.view_as(job.state["exp_avg"]), job.state, live).view(-1)
         correction = rule.correction(job.step)
     else:
         update, live, scale = yield from _full_adafactor(job)
-    _write_entries(job, _where(live, update), job.lr * correction, scale)
+    write_entries(job, where_live(live, update), job.lr * correction, scale)
 
 
 def _full_adafactor(job: Job) -> Steps:
@@ -264,55 +236,3 @@ def _full_adafactor(job: Job) -> Steps:
 
 def _sum(tensor: Tensor) -> Steps:
     return (yield Sum(tensor))
-
-
-# --- writing -----------------------------------------------------------------------------------------------------------
-def _keep(job: Job, scale: Tensor | None) -> float | Tensor:
-    """1 - lr * weight_decay, the decoupled decay (torch.optim.AdamW's order: before the update)."""
-    return 1 - job.lr * job.weight_decay * (1.0 if scale is None else scale)
-
-
-def _write_entries(job: Job, update: Tensor, step_size: float, scale: Tensor | None) -> None:
-    weight = job.weight if job.weight.dtype == torch.float32 else job.weight.float()
-    if job.weight_decay:
-        weight.mul_(_keep(job, scale))
-    weight.sub_(update, alpha=step_size)
-    _round_back(job, weight, slice(0, weight.numel()))
-
-
-def _write(job: Job, side, basis, source: Tensor, factor, direction, step_size: float, scale, live: Tensor) -> None:
-    """W <- (1 - lr scale wd) W - step_size * (factor o source + direction B^T), block by block, in place."""
-    for block in job.layout.blocks:
-        stored = block.of(job.weight)
-        weight = stored if stored.dtype == torch.float32 else stored.float()
-        lines, left, right = side.terms(block, basis, factor, direction)
-        keep = _keep(job, scale) if job.weight_decay else 1.0
-        if isinstance(keep, Tensor) or left is None:
-            weight.mul_(keep) if job.weight_decay else None
-            keep = 1.0
-        if left is not None:
-            weight.addmm_(left, right.T, beta=keep, alpha=-step_size)
-        if lines is not None:
-            _subtract_scaled(weight, block.of(source), lines, step_size, live)
-        _round_back(job, weight, block.entries)
-
-
-def _subtract_scaled(weight: Tensor, source: Tensor, lines: Tensor, step_size: float, live: Tensor) -> None:
-    """weight -= step_size * lines o source; lines (rows, 1) or (columns,). Nothing when not live (source may be NaN)."""
-    step = max(1, _CHUNK // max(1, source.shape[1])) if source.device.type == "cpu" else max(1, source.shape[0])
-    per_row = lines.dim() == 2
-    for first in range(0, source.shape[0], step):
-        part = slice(first, first + step)
-        scaled = source[part] * (lines[part] if per_row else lines)
-        weight[part].sub_(_where(live, scaled), alpha=step_size)
-
-
-def _round_back(job: Job, weight: Tensor, entries: slice) -> None:
-    """Store fp32 results in low-precision weights: bf16 rounds stochastically, or small updates are lost for ever."""
-    stored = job.weight[entries]
-    if stored.dtype == torch.float32:
-        return
-    flat = weight.reshape(-1)
-    if stored.dtype == torch.bfloat16 and job.stochastic_rounding:
-        flat = linalg.stochastic_round(flat, (*job.key, "round", job.step), job.layout.span(job.layout.rank)[0] + entries.start)
-    stored.copy_(flat)

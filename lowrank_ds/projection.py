@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lowrank_ds import linalg
-from lowrank_ds.layout import Gather, Layout, Lines, Steps
+from lowrank_ds.layout import Layout, Lines
+from lowrank_ds.requests import Gather, Steps
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,9 @@ class Right:
     def terms(self, block, basis: dict[str, Tensor], factor: Tensor | None, direction: Tensor | None):
         """(row or column factor, left, right) so that the block's update is factor o G + left right^T."""
         scale = None if factor is None else factor[block.rows].unsqueeze(1)
-        return (scale, None, None) if direction is None else (scale, direction[block.rows], basis["projector"][block.cols])
+        return (
+            (scale, None, None) if direction is None else (scale, direction[block.rows], basis["projector"][block.cols])
+        )
 
     def overlap(self, old: dict[str, Tensor], new: dict[str, Tensor]) -> Steps:
         """B_old^T B_new (r_old x r_new) of two gathered bases."""
@@ -144,7 +147,9 @@ class Left:
     def terms(self, block, basis: dict[str, Tensor], factor: Tensor | None, direction: Tensor | None):
         """(row or column factor, left, right) so that the block's update is factor o G + left right^T."""
         scale = None if factor is None else factor[block.cols]
-        return (scale, None, None) if direction is None else (scale, basis["projector"][block.rows], direction[block.cols])
+        return (
+            (scale, None, None) if direction is None else (scale, basis["projector"][block.rows], direction[block.cols])
+        )
 
     def overlap(self, old: dict[str, Tensor], new: dict[str, Tensor]) -> Steps:
         """B_old^T B_new (r_old x r_new): the rows are spread over the ranks, each owned once."""

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_ds.layout import Lines, Steps
+from lowrank_ds.layout import Lines
+from lowrank_ds.requests import Steps
 
 
 def _norm(lines: Tensor) -> Tensor:
@@ -47,7 +48,9 @@ class Drop:
         """{state name: shape}: none."""
         return {}
 
-    def combine(self, coords: Tensor, direction: Tensor, squares: Tensor | None, state: dict, lines: Lines, live) -> Steps:
+    def combine(
+        self, coords: Tensor, direction: Tensor, squares: Tensor | None, state: dict, lines: Lines, live
+    ) -> Steps:
         """(factor, direction) of the update."""
         return None, self.scale * direction
         yield
@@ -75,12 +78,17 @@ class ScaleResidual:
         """{state name: shape}; the limited norm of the previous residual."""
         return {"residual_norm": ()}
 
-    def combine(self, coords: Tensor, direction: Tensor, squares: Tensor | None, state: dict, lines: Lines, live) -> Steps:
+    def combine(
+        self, coords: Tensor, direction: Tensor, squares: Tensor | None, state: dict, lines: Lines, live
+    ) -> Steps:
         """(factor, direction) of the update. B is orthonormal, so |g - c B r|^2 = |g|^2 - (2c - c^2) |r|^2."""
         c = self.alpha if self.form == "code" else 1.0
         phi = yield from _ratio(coords, direction, lines, self.scaling == "column")
         residual = squares - (2 * c - c * c) * coords.square().sum(1)
-        total = yield from lines.sum_over_lines(phi.square() * residual.clamp_min(0))
+        pair = torch.stack([residual.clamp_min(0), squares], 1)
+        totals = yield from lines.sum_over_lines(pair * phi.square().unsqueeze(1))
+        # A gradient inside the subspace leaves a residual of rounding noise: not a norm to remember.
+        total = torch.where(totals[0] > 1e-6 * totals[1], totals[0], 0.0)
         phi = phi * limit_growth(total.sqrt(), state["residual_norm"], self.growth, live)
         outer = 1.0 if self.form == "code" else self.alpha
         return outer * phi, self.alpha * direction - outer * c * phi.unsqueeze(1) * coords
@@ -111,7 +119,9 @@ class ScaleGradient:
         """{state name: shape}; the limited norm of the previous update."""
         return {"residual_norm": ()} if self.growth is not None else {}
 
-    def combine(self, coords: Tensor, direction: Tensor, squares: Tensor | None, state: dict, lines: Lines, live) -> Steps:
+    def combine(
+        self, coords: Tensor, direction: Tensor, squares: Tensor | None, state: dict, lines: Lines, live
+    ) -> Steps:
         """(factor, None): nothing is added inside the subspace."""
         s = yield from _ratio(coords, direction, lines, self.per_channel)
         if self.growth is not None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_ds.layout import Gather, Lines, Steps, Sum, together
+from lowrank_ds.layout import Lines
+from lowrank_ds.requests import Gather, Steps, Sum, together
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,9 @@ class Adafactor:
 
     def state_shapes(self, lines: int, width: int, chunk: int, factored: bool) -> dict[str, tuple[int, ...]]:
         """{state name: shape}; `chunk` is this rank's part of the `width` column means."""
-        square = {"exp_avg_sq_row": (lines,), "exp_avg_sq_col": (chunk,)} if factored else {"exp_avg_sq": (lines, width)}
+        square = (
+            {"exp_avg_sq_row": (lines,), "exp_avg_sq_col": (chunk,)} if factored else {"exp_avg_sq": (lines, width)}
+        )
         return square | ({"exp_avg": (lines, width)} if self.beta1 else {})
 
     def decay(self, step: int) -> float:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lowrank_ds import linalg
-from lowrank_ds.layout import Layout, Steps, Sum
+from lowrank_ds.layout import Layout
+from lowrank_ds.requests import Steps, Sum
 
 
 @dataclass(frozen=True)

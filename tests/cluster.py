@@ -78,7 +78,7 @@ def _worker(rank: int, world: int, store: str, results: Any, function: Callable,
 
 
 def quiet_deepspeed() -> Any:
-    """DeepSpeed without its JIT-compiled shared-memory op (which hangs for ever on a stale lock) and without chatter."""
+    """DeepSpeed without its JIT-compiled shared-memory op (which hangs on a stale lock) and without chatter."""
     import logging
 
     import deepspeed

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from lowrank_ds.layout import Exchange, Gather, Layout, Steps, Sum, _gather_moves, _gathered
+from lowrank_ds.collectives import _gather_moves, _gathered
+from lowrank_ds.layout import Layout
+from lowrank_ds.requests import Exchange, Gather, Steps, Sum
 
 
 def cuts_of(numel: int, places: list[int]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import lowrank_ds
-from lowrank_ds import FiraAdamW, layout, param_groups
+from lowrank_ds import FiraAdamW, collectives, param_groups
 from tests import training
 from tests.cluster import batches, launch, quiet_deepspeed, tiny_llama
 
@@ -257,7 +257,9 @@ BF16 = {
     "zero2": {},
     "zero3": {},
     "zero1 BF16_Optimizer": {"data_types": {"grad_accum_dtype": "fp32"}},
-    "zero2 bf16 master": {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}},
+    "zero2 bf16 master": {
+        "bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    },
 }
 
 
@@ -350,9 +352,9 @@ def count_collectives(rank: int, world: int, layers: int) -> dict[tuple[str, int
         for stage in (2, 3):
             engine = training.zero_engine(recipe, stage, world, tiny_llama(num_hidden_layers=layers))
             training.train_engine(engine, rank, world, 2)  # binds, and the refresh of step 0
-            counter = layout.dist = Counting(torch.distributed)
+            counter = collectives.dist = Counting(torch.distributed)
             training.train_engine(engine, rank, world, 1)
-            layout.dist = torch.distributed
+            collectives.dist = torch.distributed
             found[recipe, stage] = counter.calls, counter.bytes
             engine.destroy()
     return found
@@ -366,7 +368,7 @@ def test_collectives_per_step_do_not_grow_with_depth(capsys: pytest.CaptureFixtu
         for key, (calls, size) in shallow.items():
             print(f"  {key[0]:18s} zero{key[1]}  {calls} -> {deep[key][0]}   {size} -> {deep[key][1]} bytes")
     for key in shallow:
-        assert shallow[key][0] == deep[key][0] <= 6, key
+        assert shallow[key][0] == deep[key][0] <= 7, key
     assert shallow["galore right", 3][0] <= 2  # basis with liveness; cut rows
 
 

@@ -60,10 +60,25 @@ def test_a_zero_gradient_later_does_not_lock(cls: type, options: dict) -> None:
     assert (after - before).norm() > 0.3 * (later - usual).norm() > 0
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-7])
+def test_a_gradient_inside_the_subspace_does_not_lock_the_residual(noise: float) -> None:
+    """A first gradient of rank <= r has no residual but rounding noise, which must not become the limiter's memory."""
+    generator = torch.Generator().manual_seed(4)
+    low = torch.randn(12, 3, generator=generator) @ torch.randn(3, 8, generator=generator)
+    first = low + noise * torch.randn(12, 8, generator=generator)
+    options = {"update_proj_gap": 100, "residual": "paper"}
+    _, optimizer = run(FiraAdamW, options, [first, *gradients(3)])
+    _, usual = run(FiraAdamW, options, gradients(4))
+    norms = [float(o.state_dict()["state"][0]["residual_norm"]) for o in (optimizer, usual)]
+    assert norms[0] > 0.1 * norms[1] > 0
+
+
 @EACH
 @pytest.mark.parametrize("step", [0, 2, 3], ids=["first", "between", "refresh"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_non_finite_gradient_is_skipped_and_counted(cls: type, options: dict, step: int, value: float, caplog) -> None:
+def test_a_non_finite_gradient_is_skipped_and_counted(
+    cls: type, options: dict, step: int, value: float, caplog
+) -> None:
     """Weights do not move, moments stay finite, the basis is kept, the next step works; it is counted and reported."""
     grads = gradients(7)
     bad = grads[0].clone()
@@ -139,7 +154,9 @@ def same_as_matrix(parameter: torch.Tensor, options: dict, view: tuple[int, int]
     """Training `parameter` equals training its (m, n) view."""
     grads = gradients(7, tuple(parameter.shape))
     direct, _ = run(FiraAdamW, {"update_proj_gap": 3, "rank": 2, **options}, grads, parameter)
-    matrix, _ = run(FiraAdamW, {"update_proj_gap": 3, "rank": 2}, [g.reshape(view) for g in grads], parameter.reshape(view))
+    matrix, _ = run(
+        FiraAdamW, {"update_proj_gap": 3, "rank": 2}, [g.reshape(view) for g in grads], parameter.reshape(view)
+    )
     assert torch.equal(direct.reshape(view), matrix)
 
 

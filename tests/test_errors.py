@@ -74,7 +74,11 @@ CONSTRUCTOR = [
     (Flora, {"lr": 0.1, "warmup_init": True}, r"warmup_init=True requires relative_step=True"),
     (GaLoreAdafactor, {"relative_step": False}, r"lr is null and relative_step is false"),
     # selection
-    (GaLoreAdamW, {"target_modules": ["attn"]}, r"target_modules: 'attn' matches no parameter. Names look like: 1\.weight"),
+    (
+        GaLoreAdamW,
+        {"target_modules": ["attn"]},
+        r"target_modules: 'attn' matches no parameter. Names look like: 1\.weight",
+    ),
     (GaLoreAdamW, {"exclude": ["norm"]}, r"exclude: 'norm' matches no parameter"),
     (GaLoreAdamW, {"target_modules": "attn"}, r"target_modules must be a list of substrings"),
     (GaLoreAdamW, {"target_modules": ["("]}, r"target_modules must be a list of substrings or regular"),
@@ -98,14 +102,22 @@ PARAMS = [
     (lambda: Flora(named(), *range(40)), TypeError, "at most"),
     (lambda: GaLoreAdamW([*named(), *named()], rank=2), ValueError, "two parameters are named '1.weight'"),
     (lambda: GaLoreAdamW([{"params": named()[:1], "rank": 2}], rank=3), ValueError, "groups carry their own 'rank'"),
-    (lambda: GaLoreAdamW([{"params": named()[:1], "rank": 2, "alpha": 1.0}]), ValueError, "param group 0: unknown.*'alpha'"),
+    (
+        lambda: GaLoreAdamW([{"params": named()[:1], "rank": 2, "alpha": 1.0}]),
+        ValueError,
+        "param group 0: unknown.*'alpha'",
+    ),
     (lambda: GaLoreAdamW([{"params": named(), "rank": 2}]), ValueError, r"1\.bias has shape \(6,\)"),
     (
         lambda: GaLoreAdamW([{"params": [p for _, p in named()], "param_names": ["a"], "rank": 2}]),
         ValueError,
         "1 param_names for 4 params",
     ),
-    (lambda: param_groups(model(), rank=2, target_modules=["attention"]), ValueError, "'attention' matches no parameter"),
+    (
+        lambda: param_groups(model(), rank=2, target_modules=["attention"]),
+        ValueError,
+        "'attention' matches no parameter",
+    ),
     (lambda: param_groups(nn.Embedding(5, 4), rank=2), ValueError, "nothing to project"),
     (lambda: divide_params(model(), ["attn", "mlp"]), ValueError, "'attn' matches no parameter"),
     (lambda: ApolloMini(named(), rank=2, proj="raddom"), ValueError, "subspace must be one of"),
@@ -160,7 +172,10 @@ def trained_state(cls: type, **options: object) -> dict:
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
-        (lambda: trained_state(GaLoreAdamW, rank=3), r"1\.weight: the loaded 'exp_avg' has shape \(8, 3\), expected \(8, 2\)"),
+        (
+            lambda: trained_state(GaLoreAdamW, rank=3),
+            r"1\.weight: the loaded 'exp_avg' has shape \(8, 3\), expected \(8, 2\)",
+        ),
         (lambda: trained_state(ApolloAdamW), r"1\.weight: the loaded state has no 'projector'"),
     ],
 )
@@ -199,14 +214,16 @@ def test_a_tensor_of_unknown_origin_is_refused() -> None:
     flat.grad = torch.ones(40)
     optimizer.param_groups[0]["params"] = [flat]
     optimizer.param_groups[0]["param_names"] = ["1.weight", "2.weight"]
-    with pytest.raises(RuntimeError, match=r"neither a parameter the optimizer was built with nor a DeepSpeed.*1\.weight"):
+    with pytest.raises(
+        RuntimeError, match=r"neither a parameter the optimizer was built with nor a DeepSpeed.*1\.weight"
+    ):
         optimizer.step()
 
 
 def fsdp2(rank: int, world: int) -> str:
     """The message for a DTensor parameter."""
-    from torch.distributed.fsdp import fully_shard
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
     layers = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
     fully_shard(layers, mesh=init_device_mesh("cpu", (world,)))
@@ -226,7 +243,10 @@ def test_fsdp2_is_refused_by_name_in_this_release() -> None:
 
 DS_MISUSE = {
     "unknown key": ({"optimizer": {"type": "FiraAdamW", "params": {"lr": 1e-3, "rang": 4}}}, "did you mean 'rank'"),
-    "rank too large": ({"optimizer": {"type": "FiraAdamW", "params": {"lr": 1e-3}}}, r"rank 128 is larger than min(m, n)"),
+    "rank too large": (
+        {"optimizer": {"type": "FiraAdamW", "params": {"lr": 1e-3}}},
+        r"rank 128 is larger than min(m, n)",
+    ),
     "no match": (
         {"optimizer": {"type": "FiraAdamW", "params": {"lr": 1e-3, "rank": 4, "target_modules": ["attn_proj"]}}},
         "target_modules: 'attn_proj' matches no parameter. Names look like: model.embed_tokens.weight",

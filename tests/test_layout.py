@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from lowrank_ds import linalg, pipeline
 from lowrank_ds.algorithms import ALGORITHMS, FiraAdamW, Flora, GaLoreAdafactor, GaLoreAdamW
-from lowrank_ds.layout import Gather, Layout, finish_alone
-from lowrank_ds.pipeline import Job
+from lowrank_ds.job import Job
+from lowrank_ds.layout import Layout
+from lowrank_ds.requests import Gather, finish_alone
 from tests.simulation import cuts_of, layouts, run_ranks
 
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -129,7 +130,9 @@ def initial_state(layout: Layout, recipe) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("cls", "options"), RECIPES, ids=lambda v: v.__name__ if isinstance(v, type) else None)
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(shape=st.tuples(st.integers(3, 8), st.integers(3, 8)), places=st.lists(st.integers(1, 60), min_size=1, max_size=4))
+@given(
+    shape=st.tuples(st.integers(3, 8), st.integers(3, 8)), places=st.lists(st.integers(1, 60), min_size=1, max_size=4)
+)
 def test_recipes_do_not_see_the_cuts(cls: type, options: dict, shape: tuple[int, int], places: list[int]) -> None:
     """Any recipe on any cuts, also several inside one row and ranks that hold nothing, equals the whole matrix."""
     numel = shape[0] * shape[1]

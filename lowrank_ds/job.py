@@ -1,0 +1,99 @@
+"""One matrix in one step: what the pipeline is given, and how the result is written to the weights, in place."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank_ds import linalg
+from lowrank_ds.layout import Layout
+from lowrank_ds.recipe import Recipe
+
+_CHUNK = 1 << 16  # entries of G scaled at a time on CPU: a temporary that stays in cache, never a second G
+
+
+@dataclass
+class Job:
+    """One matrix in one step.
+
+    grad, weight: this rank's entries (numel,), views of what the optimizer was handed.
+    state: the matrix's state tensors. step: 1, 2, ...; moment_step: the same since moments were last reset.
+    lr, weight_decay: of this step. refresh: whether a new basis is due; refresh_count: bases drawn before this step;
+    owner: the rank that computes an exact SVD. key: (run seed, parameter name), the source of all randomness.
+    """
+
+    layout: Layout
+    recipe: Recipe
+    grad: Tensor
+    weight: Tensor
+    state: MutableMapping[str, Tensor]
+    key: tuple[int, str]
+    step: int
+    moment_step: int
+    lr: float
+    weight_decay: float
+    refresh: bool = False
+    refresh_count: int = 0
+    owner: int = 0
+    stochastic_rounding: bool = True
+
+
+def where_live(live: Tensor, x: Tensor) -> Tensor:
+    """x, or zeros of its shape when the gradient was not finite (live == 0)."""
+    return torch.where(live > 0, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def _keep(job: Job, scale: Tensor | None) -> float | Tensor:
+    """1 - lr * weight_decay, the decoupled decay (torch.optim.AdamW's order: before the update)."""
+    return 1 - job.lr * job.weight_decay * (1.0 if scale is None else scale)
+
+
+def write_entries(job: Job, update: Tensor, step_size: float, scale: Tensor | None) -> None:
+    weight = job.weight if job.weight.dtype == torch.float32 else job.weight.float()
+    if job.weight_decay:
+        weight.mul_(_keep(job, scale))
+    weight.sub_(update, alpha=step_size)
+    _round_back(job, weight, slice(0, weight.numel()))
+
+
+def write(job: Job, side, basis, source: Tensor, factor, direction, step_size: float, scale, live: Tensor) -> None:
+    """W <- (1 - lr scale wd) W - step_size * (factor o source + direction B^T), block by block, in place."""
+    for block in job.layout.blocks:
+        stored = block.of(job.weight)
+        weight = stored if stored.dtype == torch.float32 else stored.float()
+        lines, left, right = side.terms(block, basis, factor, direction)
+        keep = _keep(job, scale) if job.weight_decay else 1.0
+        if isinstance(keep, Tensor) or left is None:
+            weight.mul_(keep) if job.weight_decay else None
+            keep = 1.0
+        if left is not None:
+            weight.addmm_(left, right.T, beta=keep, alpha=-step_size)
+        if lines is not None:
+            _subtract_scaled(weight, block.of(source), lines, step_size, live)
+        _round_back(job, weight, block.entries)
+
+
+def _subtract_scaled(weight: Tensor, source: Tensor, lines: Tensor, step_size: float, live: Tensor) -> None:
+    """weight -= step_size * lines o source; lines (rows, 1) or (columns,). Nothing when not live."""
+    step = max(1, _CHUNK // max(1, source.shape[1])) if source.device.type == "cpu" else max(1, source.shape[0])
+    per_row = lines.dim() == 2
+    for first in range(0, source.shape[0], step):
+        part = slice(first, first + step)
+        scaled = source[part] * (lines[part] if per_row else lines)
+        weight[part].sub_(where_live(live, scaled), alpha=step_size)
+
+
+def _round_back(job: Job, weight: Tensor, entries: slice) -> None:
+    """Store fp32 results in low-precision weights: bf16 rounds stochastically, or small updates are lost for ever."""
+    stored = job.weight[entries]
+    if stored.dtype == torch.float32:
+        return
+    flat = weight.reshape(-1)
+    if stored.dtype == torch.bfloat16 and job.stochastic_rounding:
+        flat = linalg.stochastic_round(
+            flat, (*job.key, "round", job.step), job.layout.span(job.layout.rank)[0] + entries.start
+        )
+    stored.copy_(flat)
