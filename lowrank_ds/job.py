@@ -51,8 +51,12 @@ def _keep(job: Job, scale: Tensor | None) -> float | Tensor:
     return 1 - job.lr * job.weight_decay * (1.0 if scale is None else scale)
 
 
+_EXACT = (torch.float32, torch.float64)  # dtypes updated in place; narrower ones through fp32
+
+
 def write_entries(job: Job, update: Tensor, step_size: float, scale: Tensor | None) -> None:
-    weight = job.weight if job.weight.dtype == torch.float32 else job.weight.float()
+    """W <- (1 - lr scale wd) W - step_size * update, for entries (numel,), in place."""
+    weight = job.weight if job.weight.dtype in _EXACT else job.weight.float()
     if job.weight_decay:
         weight.mul_(_keep(job, scale))
     weight.sub_(update, alpha=step_size)
@@ -63,14 +67,14 @@ def write(job: Job, side, basis, source: Tensor, factor, direction, step_size: f
     """W <- (1 - lr scale wd) W - step_size * (factor o source + direction B^T), block by block, in place."""
     for block in job.layout.blocks:
         stored = block.of(job.weight)
-        weight = stored if stored.dtype == torch.float32 else stored.float()
+        weight = stored if stored.dtype in _EXACT else stored.float()
         lines, left, right = side.terms(block, basis, factor, direction)
         keep = _keep(job, scale) if job.weight_decay else 1.0
         if isinstance(keep, Tensor) or left is None:
-            weight.mul_(keep) if job.weight_decay else None
+            weight.mul_(keep)
             keep = 1.0
         if left is not None:
-            weight.addmm_(left, right.T, beta=keep, alpha=-step_size)
+            weight.addmm_(left.to(weight.dtype), right.T.to(weight.dtype), beta=keep, alpha=-step_size)
         if lines is not None:
             _subtract_scaled(weight, block.of(source), lines, step_size, live)
         _round_back(job, weight, block.entries)
@@ -89,7 +93,7 @@ def _subtract_scaled(weight: Tensor, source: Tensor, lines: Tensor, step_size: f
 def _round_back(job: Job, weight: Tensor, entries: slice) -> None:
     """Store fp32 results in low-precision weights: bf16 rounds stochastically, or small updates are lost for ever."""
     stored = job.weight[entries]
-    if stored.dtype == torch.float32:
+    if stored.dtype in _EXACT:
         return
     flat = weight.reshape(-1)
     if stored.dtype == torch.bfloat16 and job.stochastic_rounding:

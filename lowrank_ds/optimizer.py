@@ -284,7 +284,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """(non-finite, non-zero) of each gradient over all ranks: one all-reduce and one read for all of them."""
         if not work:
             return []
-        return torch.stack(run_all([(s.layout, pipeline.survey(g)) for s, _, g, _ in work], device, _BUCKET)).tolist()
+        found = run_all([(s.layout, pipeline.survey(g)) for s, _, g, _ in work], device, _BUCKET)
+        return torch.stack([each.to(device) for each in found]).tolist()
 
     def _report_non_finite(self, slot: Slot) -> None:
         self._warn_once(

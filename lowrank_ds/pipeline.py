@@ -150,11 +150,8 @@ def _direction(job: Job, x: Tensor, lines: Lines, live: Tensor) -> Steps:
 def _momentum(rule: Adafactor, update: Tensor, state, live: Tensor) -> Tensor:
     if not rule.beta1:
         return update
-    return (
-        state["exp_avg"]
-        .lerp_(where_live(live, update).view_as(state["exp_avg"]), live * (1 - rule.beta1))
-        .view_as(update)
-    )
+    exp_avg = state["exp_avg"]
+    return exp_avg.lerp_(where_live(live, update).view_as(exp_avg), live * (1 - rule.beta1)).view_as(update)
 
 
 def _parameter_scale(job: Job) -> Steps:

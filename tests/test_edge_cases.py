@@ -211,6 +211,13 @@ def test_bf16_weights_round_stochastically_and_keep_fp32_state() -> None:
     assert all(t.dtype == torch.float32 for t in state.values())
 
 
+def test_float64_weights_keep_their_precision() -> None:
+    """A float64 weight is updated in place; bits below fp32's survive an update that does not reach them."""
+    weight = torch.full((12, 8), 1.0 + 1e-12, dtype=torch.float64)
+    moved, _ = run(FiraAdamW, {"update_proj_gap": 3}, [g.double() for g in gradients(2)], weight, lr=1e-20)
+    assert torch.equal(moved, weight)
+
+
 def test_randomness_is_keyed_by_name_not_by_position() -> None:
     """Reordering the parameters does not change a run with random bases (apollo-torch: it does)."""
     grads = gradients(6)

@@ -1,0 +1,121 @@
+"""Command line of pretrain.py: the flags, and checks whose messages say which flag to change."""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How one optimizer step's sequences are dealt: `total` = `micro` x `accumulation` x `world`."""
+
+    total: int
+    micro: int
+    accumulation: int
+    world: int
+
+    @classmethod
+    def make(cls, total: int | None, micro: int | None, accumulation: int | None, world: int) -> "BatchPlan":
+        """Complete the plan from what was given; `total` wins over `accumulation`."""
+        micro = micro or (max(1, total // world) if total else 8)
+        total = total or micro * (accumulation or 1) * world
+        if total % (micro * world):
+            raise SystemExit(
+                f"--batch-size {total} is no multiple of --micro-batch {micro} x {world} processes; change one of them"
+            )
+        return cls(total, micro, total // (micro * world), world)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags of pretrain.py."""
+    parser = argparse.ArgumentParser(description="Pre-train a causal LM with any torch.optim or lowrank_ds optimizer.")
+    add = parser.add_argument_group("model and text").add_argument
+    add("--model", required=True, help="HF config as a .json file (from scratch), or a HF model directory")
+    add("--tokenizer", required=True, help="HF tokenizer directory, or a SentencePiece BPE .model file")
+    add("--train-data", nargs="+", help="text: .txt, .jsonl[.gz], .json.gz, .parquet files, directories or globs")
+    add("--valid-data", nargs="+", help="held-out text, same formats")
+    add("--text-key", default="text", help="field or column that holds the text (jsonl, parquet, --dataset)")
+    add("--dataset", help="stream this HF dataset instead of --train-data, e.g. allenai/c4")
+    add("--dataset-name", help="its configuration, e.g. en")
+    add("--train-split", default="train")
+    add("--valid-split", default="validation")
+    add("--seq-len", type=int, default=256, help="tokens per sequence (documents are packed)")
+    add("--cache-dir", default=".cache/tokens", help="where tokenised local data is kept")
+
+    add = parser.add_argument_group("optimizer and engine").add_argument
+    add("--deepspeed_config", "--deepspeed-config", help="ds_config JSON; it names the optimizer")
+    add("--optimizer", help="without DeepSpeed (one process, or DDP under torchrun): class name, e.g. FiraAdamW")
+    add("--optimizer-args", type=json.loads, default={}, metavar="JSON", help="overrides, e.g. '{\"alpha\": 0.25}'")
+    add("--lr", type=float, help="learning rate (default: the ds_config's)")
+    add("--rank", type=int, help="rank of the subspaces (default: the ds_config's)")
+    add("--embed-lr", type=float, help="learning rate of embeddings, lm_head and norms (default: the same as --lr)")
+    add("--gradient-clipping", type=float, help="global norm, 0 = off (default: the ds_config's, else 0)")
+    add("--dtype", choices=["fp32", "bf16"], help="default: the ds_config's; without one bf16 on GPUs, fp32 on CPUs")
+    add("--activation-checkpointing", action="store_true", help="recompute each layer in the backward pass")
+
+    add = parser.add_argument_group("schedule").add_argument
+    add("--steps", type=int, required=True, help="optimizer steps")
+    add("--batch-size", type=int, help="sequences per optimizer step, over all processes")
+    add("--micro-batch", type=int, help="sequences per process and forward pass; the rest is gradient accumulation")
+    add("--warmup-steps", type=int, help="linear warm-up (default: a tenth of --steps), then cosine")
+    add("--min-lr-ratio", type=float, default=0.1, help="the cosine ends at this fraction of the learning rate")
+    add("--seed", type=int, default=0, help="of initial weights and data order")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output", required=True, help="new directory for metrics, summary, checkpoint and model")
+    add("--log-every", type=int, default=10)
+    add("--eval-every", type=int, default=0, help="0: only at the end")
+    add("--eval-tokens", type=int, help="use only this many held-out tokens (default: all; 10M with --dataset)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parsed and checked flags."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if bool(args.deepspeed_config) == bool(args.optimizer):
+        parser.error("give either --deepspeed_config FILE (the file names the optimizer) or --optimizer NAME")
+    if bool(args.train_data) == bool(args.dataset):
+        parser.error("give either --train-data FILES or --dataset NAME")
+    if args.train_data and not args.valid_data:
+        parser.error("--train-data needs --valid-data: held-out text in the same formats")
+    if not isinstance(args.optimizer_args, dict):
+        parser.error("--optimizer-args must be a JSON object such as '{\"alpha\": 0.25}'")
+    for name in ("steps", "log_every", "seq_len"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if (Path(args.output) / "metrics.jsonl").exists():
+        parser.error(f"--output {args.output} already holds a run; choose another directory or delete it")
+    if args.warmup_steps is None:
+        args.warmup_steps = max(1, args.steps // 10)
+    return args
+
+
+def optimizer_overrides(args: argparse.Namespace) -> dict:
+    """Optimizer parameters given on the command line; --lr and --rank win over --optimizer-args."""
+    given = {"lr": args.lr, "rank": args.rank}
+    return {**args.optimizer_args, **{key: value for key, value in given.items() if value is not None}}
+
+
+def load_ds_config(args: argparse.Namespace) -> dict:
+    """The ds_config with this command line's overrides applied; batch sizes are filled in later."""
+    path = Path(args.deepspeed_config)
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise SystemExit(f"--deepspeed_config {path}: no such file") from None
+    except json.JSONDecodeError as error:
+        raise SystemExit(f"--deepspeed_config {path}: not valid JSON ({error})") from None
+    if "type" not in config.get("optimizer", {}):
+        raise SystemExit(f'{path}: needs an "optimizer" section with a "type", e.g. FiraAdamW')
+    config["optimizer"].setdefault("params", {}).update(optimizer_overrides(args))
+    if args.gradient_clipping is not None:
+        config["gradient_clipping"] = args.gradient_clipping
+    # DeepSpeed's own default is 1.0 since 0.19: say what is meant.
+    config.setdefault("gradient_clipping", 0.0)
+    if args.dtype:
+        config.pop("fp16", None)
+        config["bf16"] = {**config.get("bf16", {}), "enabled": args.dtype == "bf16"}
+    return config

@@ -1,0 +1,202 @@
+#!/usr/bin/env python3
+"""Pre-train a causal language model with a low-rank (or any) optimizer, under DeepSpeed or plain torch.
+
+    deepspeed --num_gpus 2 launch/pretrain.py --deepspeed_config ds_configs/zero2_fira.json \
+        --model ds_configs/models/llama_60m.json --tokenizer DIR \
+        --train-data 'c4/train.*.json.gz' --valid-data 'c4/valid.*.json.gz' \
+        --steps 10000 --batch-size 512 --micro-batch 64 --output runs/fira_60m
+
+    torchrun --nproc-per-node 2 launch/pretrain.py --optimizer FiraAdamW --lr 0.01 --rank 128 ...
+
+OUTPUT receives metrics.jsonl, summary.json, checkpoint/ (DeepSpeed's format) and model/ (a HF directory).
+"""
+
+import importlib.metadata
+import json
+import platform
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from launch.data import LocalBatches, cut_blocks, find_files, token_cache
+from launch.engines import DeepSpeedTrainer, Processes, TorchTrainer, find_processes, torch_optimizer, warmup_cosine
+from launch.evaluation import perplexity
+from launch.model import build_model, parameter_count, save_model
+from launch.options import BatchPlan, load_ds_config, optimizer_overrides, parse
+from launch.progress import Progress
+from launch.streaming import StreamBatches, held_out_blocks, open_stream
+from launch.tokenizer import load_tokenizer
+
+
+def plan_batches(args, config: dict | None, world: int) -> BatchPlan:
+    """Batch sizes from the flags, else from the ds_config, which is brought in line with the result."""
+    given = config or {}
+    plan = BatchPlan.make(
+        args.batch_size or (None if args.micro_batch else given.get("train_batch_size")),
+        args.micro_batch or given.get("train_micro_batch_size_per_gpu"),
+        given.get("gradient_accumulation_steps"),
+        world,
+    )
+    if config is not None:
+        config["train_batch_size"] = plan.total
+        config["train_micro_batch_size_per_gpu"] = plan.micro
+        config["gradient_accumulation_steps"] = plan.accumulation
+    return plan
+
+
+def load_data(args, tokenizer, plan: BatchPlan, rank: int) -> tuple[LocalBatches | StreamBatches, np.ndarray]:
+    """Training batches and held-out blocks."""
+    if args.dataset:
+        train, valid = (open_stream(args.dataset, args.dataset_name, s) for s in (args.train_split, args.valid_split))
+        batches = StreamBatches(train, tokenizer, args.text_key, args.seq_len, plan, rank)
+        return batches, held_out_blocks(valid, tokenizer, args.text_key, args.seq_len, args.eval_tokens)
+
+    def blocks(patterns: list[str], flag: str, limit: int | None) -> np.ndarray:
+        tokens = token_cache(find_files(patterns, flag), tokenizer, args.text_key, args.cache_dir)
+        return cut_blocks(tokens, args.seq_len, flag, limit)
+
+    train = blocks(args.train_data, "--train-data", None)
+    return LocalBatches(train, plan, rank, args.seed), blocks(args.valid_data, "--valid-data", args.eval_tokens)
+
+
+def build_deepspeed(args, config: dict, tokenizer, factor, processes: Processes) -> DeepSpeedTrainer:
+    """Model and engine from a ds_config."""
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    if processes.device.type == "cpu":
+        # The op would be compiled for minutes, and a killed compilation leaves a lock that hangs every later run.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()
+    if config.get("activation_checkpointing") and not args.activation_checkpointing and processes.is_main:
+        print("note: DeepSpeed does not apply its activation_checkpointing section to HF models; "
+              "use --activation-checkpointing", flush=True)  # fmt: skip
+    zero3 = HfDeepSpeedConfig(config)  # while it lives, transformers shards weights as it makes them (stage 3)
+    dtype = torch.bfloat16 if zero3.is_zero3() and config.get("bf16", {}).get("enabled") else torch.float32
+    model = _model(args, tokenizer, dtype)
+    return DeepSpeedTrainer(model, config, factor, args.embed_lr, processes)
+
+
+def build_torch(args, tokenizer, factor, processes: Processes) -> TorchTrainer:
+    """Model, optimizer and DDP without DeepSpeed."""
+    on_gpu = processes.device.type == "cuda"
+    if processes.world > 1:
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+    dtype = torch.bfloat16 if (args.dtype or ("bf16" if on_gpu else "fp32")) == "bf16" else torch.float32
+    model = _model(args, tokenizer, dtype).to(processes.device)
+    optimizer = torch_optimizer(args.optimizer, model, optimizer_overrides(args), args.embed_lr)
+    return TorchTrainer(model, optimizer, factor, args.gradient_clipping or 0.0, processes)
+
+
+def _model(args, tokenizer, dtype: torch.dtype) -> torch.nn.Module:
+    checkpointing = args.activation_checkpointing
+    return build_model(
+        args.model, tokenizer, seq_len=args.seq_len, seed=args.seed, dtype=dtype, checkpointing=checkpointing
+    )
+
+
+def train(args, trainer, batches, evaluate, progress: Progress, processes: Processes) -> float:
+    """The training loop; returns the final held-out perplexity."""
+    loss, since = torch.zeros((), device=processes.device), 0
+    for step in range(args.steps):
+        lr = trainer.lr()
+        loss, since = loss + trainer.train_step(batches.at(step)), since + 1
+        done = step + 1
+        if done % args.log_every == 0 or done == args.steps:
+            trainer.watch.settle()
+            mean = processes.mean(loss / since)
+            progress.training(done, mean, lr)
+            if not np.isfinite(mean):
+                raise SystemExit(f"the loss is {mean} by step {done}: lower --lr, or warm up longer (--warmup-steps)")
+            loss, since = torch.zeros_like(loss), 0
+        if done == args.steps or (args.eval_every and done % args.eval_every == 0):
+            trainer.watch.settle()
+            value = progress.evaluation(done, evaluate)
+    return value
+
+
+def summarise(args, config: dict | None, trainer, plan: BatchPlan, processes: Processes) -> dict:
+    """Facts of the run beside its perplexity; every process must call it."""
+    params = trainer.optimizer.defaults
+    on_gpu = processes.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "optimizer": type(trainer.optimizer).__name__,
+        "optimizer_params": config["optimizer"]["params"] if config else optimizer_overrides(args),
+        "lr": params["lr"],
+        "embed_lr": params["lr"] if args.embed_lr is None else args.embed_lr,
+        "engine": f"zero{config.get('zero_optimization', {}).get('stage', 0)}" if config else "ddp",
+        "model": args.model,
+        "parameters": parameter_count(trainer.module),
+        "steps": args.steps,
+        "tokens": args.steps * plan.total * args.seq_len,
+        "batch_size": plan.total,
+        "seq_len": args.seq_len,
+        "optimizer_state_bytes_per_rank": processes.gather(trainer.state_bytes()),
+        "peak_memory_bytes_per_rank": processes.gather(peak),
+        **trainer.watch.report(),
+        "world_size": processes.world,
+        "device": torch.cuda.get_device_name() if on_gpu else f"cpu ({platform.machine()})",
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    names = ("lowrank_ds", "torch", "deepspeed", "transformers", "numpy")
+    found = {name: _version(name) for name in names}
+    return {"python": platform.python_version(), **{name: text for name, text in found.items() if text}}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None  # run from a checkout, or a package this run did not need
+
+
+def main() -> None:
+    """Command line."""
+    args = parse()
+    processes = find_processes()
+    output = Path(args.output)
+    config = load_ds_config(args) if args.deepspeed_config else None
+    plan = plan_batches(args, config, processes.world)
+    tokenizer = load_tokenizer(args.tokenizer)
+    batches, held_out = load_data(args, tokenizer, plan, processes.rank)
+    factor = warmup_cosine(args.steps, args.warmup_steps, args.min_lr_ratio)
+    if config:
+        trainer = build_deepspeed(args, config, tokenizer, factor, processes)
+    else:
+        trainer = build_torch(args, tokenizer, factor, processes)
+    if processes.is_main:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "arguments.json").write_text(json.dumps({**vars(args), "ds_config": config}, indent=2) + "\n")
+        print(
+            f"{type(trainer.optimizer).__name__}, {parameter_count(trainer.module):,} parameters, "
+            f"{processes.world} x {processes.device.type}, {plan.total} x {args.seq_len} tokens a step",
+            flush=True,
+        )
+
+    def evaluate() -> float:
+        return perplexity(trainer.logits, held_out, processes.rank, processes.world, processes.device)
+
+    progress = Progress(output, args.steps, plan.total * args.seq_len, processes.is_main)
+    final = train(args, trainer, batches, evaluate, progress, processes)
+    trainer.save(output / "checkpoint", {"step": args.steps, "samples": args.steps * plan.total, "seed": args.seed})
+    save_model(trainer.module, tokenizer, output / "model", processes.is_main)
+    summary = summarise(args, config, trainer, plan, processes)
+    if processes.is_main:
+        summary |= {"perplexity": final, "held_out_tokens": held_out.size, "tokens_per_s": progress.tokens_per_second()}
+        (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        print(f"saved {output}/checkpoint, {output}/model and {output}/summary.json", flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
