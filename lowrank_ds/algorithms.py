@@ -29,7 +29,7 @@ def _subspace(group: Mapping[str, Any], every: str = "update_proj_gap", **fixed:
     if group["rank"] is None:
         return None
     chosen = {"method": group.get("subspace", "gaussian"), "every": group[every]}
-    shared = {k: group[k] for k in ("rank", "proj_type", "on_refresh", "oversample", "stagger", "seed")}
+    shared = {k: group[k] for k in ("rank", "proj_type", "on_refresh", "oversample", "stagger") if k in group}
     how = Subspace(**shared, **{**chosen, **fixed})
     if how.on_refresh == "rotate" and (how.method == "gaussian" or how.proj_type == "full"):
         raise ValueError(
@@ -64,24 +64,32 @@ def _adafactor(group: Mapping[str, Any], **fixed: Any) -> Adafactor:
 
 class _AdamW(LowRankOptimizer):
     @classmethod
-    def learning_rate(cls, group: Mapping[str, Any], step: int) -> float:
+    def check_group(cls, group: Mapping[str, Any]) -> None:
+        super().check_group(group)
         if group["lr"] is None:
             raise ValueError("lr is null; AdamW-based algorithms need a learning rate.")
-        return float(group["lr"])
 
 
 class _Adafactor(LowRankOptimizer):
+    @staticmethod
+    def _is_relative(group: Mapping[str, Any]) -> bool:
+        return group["lr"] is None if group["relative_step"] is None else group["relative_step"]
+
     @classmethod
-    def learning_rate(cls, group: Mapping[str, Any], step: int) -> float:
-        """lr, or Adafactor's relative step min(1e-2 or 1e-6 t, 1 / sqrt(t)) when lr is not given."""
-        relative = group["lr"] is None if group["relative_step"] is None else group["relative_step"]
+    def check_group(cls, group: Mapping[str, Any]) -> None:
+        super().check_group(group)
+        relative = cls._is_relative(group)
         if relative and group["lr"] is not None:
             raise ValueError("lr and relative_step=True exclude each other.")
         if group["warmup_init"] and not relative:
             raise ValueError("warmup_init=True requires relative_step=True.")
-        if not relative:
-            if group["lr"] is None:
-                raise ValueError("lr is null and relative_step is false: give one of them.")
+        if not relative and group["lr"] is None:
+            raise ValueError("lr is null and relative_step is false: give one of them.")
+
+    @classmethod
+    def learning_rate(cls, group: Mapping[str, Any], step: int) -> float:
+        """lr, or Adafactor's relative step min(1e-2 or 1e-6 t, 1 / sqrt(t)) when lr is not given."""
+        if not cls._is_relative(group):
             return float(group["lr"])
         return min(1e-6 * step if group["warmup_init"] else 1e-2, 1.0 / math.sqrt(step))
 
@@ -115,6 +123,8 @@ class GaLoreAdafactor(_Adafactor):
     @classmethod
     def recipe(cls, group: Mapping[str, Any]) -> Recipe:
         """Adafactor in the subspace, residual dropped."""
+        if group["rank"] is not None and group["on_refresh"] == "rotate" and not group["beta1"]:
+            raise ValueError('on_refresh="rotate" moves the momentum, and beta1 is null: there is none. Set beta1.')
         return Recipe(_adafactor(group), _subspace(group), Drop(group["scale"]))
 
 
@@ -183,7 +193,7 @@ class Flora(_Adafactor):
         "lr": None, "rank": 128, "kappa": 1000, "eps": (1e-30, 1e-3), "clip_threshold": 1.0, "decay_rate": -0.8,
         "beta1": 0.9, "weight_decay": 0.0, "scale_parameter": True, "relative_step": None, "warmup_init": False,
         "factorize_second_moment": True, "seed": 0, "quantization": False,
-        **{k: v for k, v in COMMON.items() if k not in ("seed", "on_refresh")},
+        **{k: v for k, v in COMMON.items() if k not in ("seed", "on_refresh", "oversample", "stagger")},
     }  # fmt: skip
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import pathlib
 import platform
 import runpy
 import sys
@@ -15,6 +16,7 @@ from lowrank_ds.version import __version__
 def run(script: str, arguments: list[str]) -> None:
     """Run an unmodified Python script with the algorithms registered, so that its ds_config can name them."""
     sys.argv = [script, *arguments]
+    sys.path[0] = str(pathlib.Path(script).resolve().parent)  # as the interpreter does: its neighbours are importable
     runpy.run_path(script, run_name="__main__")
 
 
@@ -35,6 +37,7 @@ def info() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser("lowrank-ds", description="Low-rank optimizers for DeepSpeed and PyTorch.")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # inserted by the deepspeed launcher
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="run an unmodified script whose ds_config names one of our optimizers")
     runner.add_argument("script", help="a Python script")
@@ -42,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("info", help="versions, optimizers and their options")
     given = parser.parse_args(argv)
     if given.command == "run":
-        run(given.script, given.arguments)
+        launcher = [f"--local_rank={given.local_rank}"] if given.local_rank is not None else []
+        run(given.script, [*launcher, *given.arguments])
     else:
         print(info())
     return 0

@@ -1,8 +1,9 @@
 """The only code that talks to `torch.distributed` during a step.
 
-`run` advances the generators of many matrices in lock-step and serves all requests of a round with one all-to-all for
-what moves and one all-reduce per dtype for what is summed: the number of collectives does not depend on depth. Every
-rank of the group must run the same matrices in the same order, also those it holds nothing of.
+`run` advances the generators of many matrices in lock-step and serves all requests of a round with one all-gather
+(chunks that all ranks hold), one all-to-all (what moves between some) and one all-reduce per dtype (what is summed):
+the number of collectives does not depend on depth. Every rank of the group must run the same matrices in the same
+order, also those it holds nothing of.
 """
 
 from __future__ import annotations
@@ -39,20 +40,19 @@ def run(tasks: Sequence[tuple[Layout, Steps]], device: torch.device) -> list[Any
 
 
 def _serve(requests: dict[int, tuple[Layout, Any]], group: Any, device: torch.device) -> dict[int, Any]:
-    """Answer one round of requests: one all-to-all for what moves, one all-reduce per dtype for what is summed."""
+    """Answer one round of requests, at most one collective of each kind (all-reduce: one per dtype)."""
     single = {
         (i, *path): (layout, item) for i, (layout, request) in requests.items() for path, item in _leaves(request)
     }
     sums = {key: item.tensor for key, (_, item) in single.items() if isinstance(item, Sum)}
-    moves = {
-        key: _gather_moves(layout, item) if isinstance(item, Gather) else item
-        for key, (layout, item) in single.items()
-        if not isinstance(item, Sum)
-    }
-    answers: dict[Any, Any] = _all_reduce(sums, group) | (_all_to_all(moves, group, device) if moves else {})
-    for key, (layout, item) in single.items():
-        if isinstance(item, Gather):
-            answers[key] = _gathered(layout, item, answers[key])
+    gathers = {key: pair for key, pair in single.items() if isinstance(pair[1], Gather)}
+    common = {key: pair for key, pair in gathers.items() if pair[0].held_by_all}
+    few = {key: pair for key, pair in gathers.items() if not pair[0].held_by_all}
+    moves = {key: item for key, (_, item) in single.items() if isinstance(item, Exchange)}
+    moves |= {key: _gather_moves(*pair) for key, pair in few.items()}
+    answers: dict[Any, Any] = _all_reduce(sums, group) | (_all_gather(common, group, device) if common else {})
+    answers |= _all_to_all(moves, group, device) if moves else {}
+    answers |= {key: _gathered(*pair, answers[key]) for key, pair in few.items()}
     return {i: _shaped(request, answers, (i,)) for i, (_, request) in requests.items()}
 
 
@@ -103,6 +103,30 @@ def _all_reduce(sums: dict[Any, Tensor], group: Any) -> dict[Any, Tensor]:
         dist.all_reduce(moved, group=group)
         parts = moved.to(flat.device).split([sums[key].numel() for key in keys])
         answers |= {key: part.view(sums[key].shape) for key, part in zip(keys, parts, strict=True)}
+    return answers
+
+
+def _all_gather(gathers: dict[Any, tuple[Layout, Gather]], group: Any, device: torch.device) -> dict[Any, Tensor]:
+    """Chunks of matrices that all ranks hold: every rank sends one message, padded where chunks are uneven."""
+    world, wire = dist.get_world_size(group), _wire(device, group)
+    widths, parts = [], []
+    for _, item in gathers.values():
+        flat = item.chunk.reshape(-1).float()
+        width = -(-item.total // world) * item.chunk.shape[1:].numel()
+        parts += [flat, flat.new_zeros(width - flat.numel())] if width > flat.numel() else [flat]
+        widths.append(width)
+    outgoing = torch.cat(parts).to(wire)
+    incoming = torch.empty(world * outgoing.numel(), device=wire)
+    # torch 2.13 renamed it and warns about the old name.
+    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(incoming, outgoing, group=group)
+    columns = incoming.to(device).view(world, -1).split(widths, 1)
+    answers = {}
+    for (key, (layout, item)), column in zip(gathers.items(), columns, strict=True):
+        rest = item.chunk.shape[1:]
+        if item.total % world:
+            sizes = [(s.stop - s.start) * rest.numel() for s in (layout.chunk(item.total, j) for j in range(world))]
+            column = torch.cat([row[:size] for row, size in zip(column, sizes, strict=True)])
+        answers[key] = column.reshape(item.total, *rest)
     return answers
 
 

@@ -129,11 +129,18 @@ class Layout:
 
     def chunk(self, total: int, rank: int | None = None) -> slice:
         """The part of `total` rows (of a basis, of coordinates) that `rank` stores: equal parts among holders."""
-        rank = self.rank if rank is None else rank
-        if rank not in self.holders:
-            return slice(0, 0)
-        i, k = self.holders.index(rank), len(self.holders)
-        return slice(total * i // k, total * (i + 1) // k)
+        i, k = self._places.get(self.rank if rank is None else rank), len(self.holders)
+        return slice(0, 0) if i is None else slice(total * i // k, total * (i + 1) // k)
+
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        """{holder: its place among the holders}."""
+        return {rank: i for i, rank in enumerate(self.holders)}
+
+    @cached_property
+    def held_by_all(self) -> bool:
+        """Whether every rank of the group holds entries (FSDP, ZeRO-3)."""
+        return len(self.holders) == len(self.cuts) - 1
 
     # -- dense rows -----------------------------------------------------------------------------------------------
     def pad(self, entries: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 _CHUNK = 1 << 16  # entries per block of the blocked reductions: stays in a core's L2 cache
 _MASK32 = 0xFFFFFFFF
+LARGEST_GRADIENT = 1e15  # beyond it squared norms overflow fp32, and a moment that was once infinite stays NaN
 
 
 def row_square_sums(x: Tensor) -> Tensor:
@@ -32,10 +33,16 @@ def column_square_sums(x: Tensor) -> Tensor:
 
 
 def peak(x: Tensor) -> Tensor:
-    """Largest magnitude in x, 0-d fp32: 0 for a zero (or empty) tensor, non-finite if any entry is."""
+    """Largest magnitude in x, 0-d fp32: 0 for a zero (or empty) tensor, NaN if any entry is."""
     if not x.numel():
         return x.new_zeros((), dtype=torch.float32)
-    return torch.linalg.vector_norm(x.reshape(-1), math.inf, dtype=torch.float32)
+    low, high = torch.aminmax(x)  # one pass without temporaries; on CPU 10x faster than an infinity norm
+    return torch.maximum(-low, high).float()
+
+
+def is_usable(largest: Tensor) -> Tensor:
+    """Whether a gradient whose largest magnitude is `largest` can be squared and summed in fp32 (NaN: no)."""
+    return largest < LARGEST_GRADIENT
 
 
 # --- seeded noise that depends on a key and a position only ------------------------------------------------------
@@ -76,10 +83,22 @@ def stochastic_round(x: Tensor, key: tuple, first: int) -> Tensor:
 
     Entry i of the flattened x uses the noise of position first + i, so the result does not depend on sharding.
     """
-    index = torch.arange(first, first + x.numel(), device=x.device, dtype=torch.int64).view(x.shape)
-    noise = (_bits(key, index) & 0xFFFF).to(torch.int32)
-    rounded = (x.contiguous().view(torch.int32) + noise) & -0x10000
-    return torch.where(x.isfinite(), rounded.view(torch.float32), x).to(torch.bfloat16)
+    flat, out = x.reshape(-1), torch.empty(x.numel(), dtype=torch.bfloat16, device=x.device)
+    step = _CHUNK if x.device.type == "cpu" else max(1, flat.numel())
+    for start in range(0, flat.numel(), step):
+        part = flat[start : start + step]
+        noise = _noise16(key, first + start, part.numel(), x.device)
+        rounded = (part.contiguous().view(torch.int32) + noise) & -0x10000
+        out[start : start + step] = torch.where(part.isfinite(), rounded.view(torch.float32), part).to(torch.bfloat16)
+    return out.view(x.shape)
+
+
+def _noise16(key: tuple, first: int, count: int, device: torch.device) -> Tensor:
+    """16 random bits (int32) for each of the positions first, first + 1, ...: two positions share a 32-bit hash."""
+    pairs = torch.arange(first // 2, (first + count + 1) // 2, device=device, dtype=torch.int64)
+    bits = _bits(key, pairs)
+    both = torch.stack([bits & 0xFFFF, bits >> 16], 1).view(-1)
+    return both[first % 2 : first % 2 + count].to(torch.int32)
 
 
 # --- orthonormal factors -----------------------------------------------------------------------------------------

@@ -12,9 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_ds import engines, options, params, pipeline
+from lowrank_ds import engines, options, pipeline
+from lowrank_ds import params as selection
 from lowrank_ds.collectives import run_all
 from lowrank_ds.job import Job
+from lowrank_ds.linalg import LARGEST_GRADIENT
 from lowrank_ds.recipe import Recipe
 from lowrank_ds.slots import COUNTERS, Slot, adopt_state, cut, deal, due, offset
 
@@ -45,19 +47,21 @@ class LowRankOptimizer(torch.optim.Optimizer):
         named = [inspect.Parameter(name, keyword, default=value) for name, value in cls.OPTIONS.items()]
         cls.__signature__ = inspect.Signature([inspect.Parameter("params", keyword), *named])
 
-    def __init__(self, params_: Iterable[Any], *arguments: Any, **settings: Any) -> None:
+    def __init__(self, params: Iterable[Any], *arguments: Any, **settings: Any) -> None:
         settings = self._positional(arguments, settings)
-        self._slots: dict[Tensor, list[Slot]] = {}
-        self._originals: dict[str, weakref.ref[Tensor]] = {}
-        self._projected: set[str] = set()
-        self._warned: set[str] = set()
+        self._start_empty(set())
         self._building = True
         options.check(settings, self.OPTIONS, type(self).__name__)
-        groups = self._as_groups(params_)
+        groups = self._as_groups(params)
         by_group = any("rank" in group for group in groups)
         if by_group and settings.get("rank") is not None:
             raise ValueError(
                 f"{type(self).__name__}: rank={settings['rank']} is given, but param groups carry their own 'rank'."
+            )
+        if by_group and (settings.get("target_modules") or settings.get("exclude")):
+            raise ValueError(
+                f"{type(self).__name__}: target_modules and exclude choose by name, but param groups carry their own "
+                "'rank', which chooses already. Give one of the two."
             )
         defaults = {**self.OPTIONS, **settings}
         if by_group:
@@ -67,6 +71,29 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._select(self.param_groups, by_group)
         engines.allow(type(self))
         logger.info("%s", self.summary())
+
+    def _start_empty(self, projected: set[str]) -> None:
+        """Nothing is bound yet: no slots, no warnings given. `projected`: names of what is projected."""
+        self._slots: dict[Tensor, list[Slot]] = {}
+        self._originals: dict[str, weakref.ref[Tensor]] = {}
+        self._projected = projected
+        self._warned: set[str] = set()
+        self._copies: dict[Tensor, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: torch's fields, and which names are projected."""
+        return {**super().__getstate__(), "projected": sorted(self._projected)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Undo `__getstate__` (torch also calls this when it loads a state dict, without our key)."""
+        projected = state.get("projected")
+        super().__setstate__({k: v for k, v in state.items() if k != "projected"})
+        if projected is not None:
+            self._start_empty(set(projected))
+            self._building = False
+            for group in self.param_groups:
+                if len(group["params"]) == len(group["param_names"]):  # not so under ZeRO: then they are gone
+                    self._remember(group, "")
 
     # -- what a subclass declares -----------------------------------------------------------------------------------
     @classmethod
@@ -78,6 +105,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def learning_rate(cls, group: Mapping[str, Any], step: int) -> float:
         """The learning rate of step 1, 2, ..."""
         return float(group["lr"])
+
+    @classmethod
+    def check_group(cls, group: Mapping[str, Any]) -> None:
+        """Raise ValueError for options that do not go together."""
+        cls.recipe(group)
 
     # -- groups -----------------------------------------------------------------------------------------------------
     def _positional(self, arguments: tuple, settings: dict[str, Any]) -> dict[str, Any]:
@@ -92,8 +124,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _translate(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Other packages' names for our options."""
-        pairs = (self.ALIASES[k](v) if k in self.ALIASES else (k, v) for k, v in settings.items())
-        return dict(pairs)
+        translated: dict[str, Any] = {}
+        for name, value in settings.items():
+            ours, value = self.ALIASES[name](value) if name in self.ALIASES else (name, value)
+            if ours in translated:
+                raise TypeError(f"{type(self).__name__}: {ours} is given twice ({name!r} is another name for it).")
+            translated[ours] = value
+        return translated
 
     def _as_groups(self, given: Iterable[Any]) -> list[dict[str, Any]]:
         items = [given] if isinstance(given, (Tensor, dict)) else list(given)
@@ -108,39 +145,46 @@ class LowRankOptimizer(torch.optim.Optimizer):
         own = self._translate({k: v for k, v in param_group.items() if k not in options.TOLERATED})
         options.check(own, self.OPTIONS, where)
         kept = {k: v for k, v in param_group.items() if k in options.TOLERATED}
-        group = params.prepare_group({**kept, **own}, index)
-        self._validate({**self.defaults, **group}, where)
+        group = selection.prepare_group({**kept, **own}, index)
+        complete = {**self.defaults, **group}
+        try:
+            self.check_group(complete)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        known = dict(self._originals)
+        self._remember(group, where)
+        if not self._building:
+            try:
+                self._select([complete], own.get("rank") is not None, required=False)
+            except ValueError:
+                self._originals = known
+                raise
         super().add_param_group(group)
-        added = self.param_groups[-1]
-        for name, p in zip(added["param_names"], added["params"], strict=True):
+
+    def _remember(self, group: Mapping[str, Any], where: str) -> None:
+        """Keep (weakly) the tensors a group is built with, by name: engines are asked about them later."""
+        for name, p in zip(group["param_names"], group["params"], strict=True):
             known = self._originals.get(name)
             if known is not None and known() is not p:
                 raise ValueError(f"{where}: two parameters are named {name!r}.")
             self._originals[name] = weakref.ref(p)
-        if not self._building:
-            self._select([added], "rank" in own)
 
-    def _validate(self, group: Mapping[str, Any], where: str) -> None:
-        try:
-            self.recipe(group)
-            self.learning_rate(group, 1)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-
-    def _select(self, groups: list[dict[str, Any]], by_group: bool) -> None:
-        """Decide by name what is projected, and check that it can be."""
-        named = [(n, self._originals[n](), g) for g in groups for n in g["param_names"] if g["rank"] is not None]
-        trained = [(n, p, g) for n, p, g in named if p.requires_grad]
-        if not named:
-            return
-        if by_group:
-            chosen = {n for n, _, _ in trained}
-        else:
-            first = named[0][2]
-            chosen = set(params.select([(n, p) for n, p, _ in trained], first["target_modules"], first["exclude"]))
-        for name, p, group in trained:
-            if name in chosen:
-                params.check_rank(name, engines.full_shape(p), group["rank"], group["matricize"])
+    def _select(self, groups: list[dict[str, Any]], by_group: bool, required: bool = True) -> None:
+        """Decide by name what is projected, and check that it can be (frozen matrices: when they first train)."""
+        chosen: set[str] = set()
+        asking = [g for g in groups if g["rank"] is not None]
+        patterns = {repr((g["target_modules"], g["exclude"])): (g["target_modules"], g["exclude"]) for g in asking}
+        for key, (targets, exclude) in patterns.items():
+            alike = [g for g in asking if repr((g["target_modules"], g["exclude"])) == key]
+            named = [(n, self._originals[n]()) for g in alike for n in g["param_names"]]
+            chosen |= (
+                {n for n, _ in named} if by_group else set(selection.select(named, targets, exclude, (), required))
+            )
+        for group in asking:
+            for name in (n for n in group["param_names"] if n in chosen):
+                p = self._originals[name]()
+                if p.requires_grad:
+                    selection.check_rank(name, engines.full_shape(p), group["rank"], group["matricize"])
         self._projected |= chosen
 
     def summary(self) -> str:
@@ -161,26 +205,56 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 self._bind(group, host)
 
     def _bind(self, group: dict[str, Any], host: Tensor) -> list[Slot]:
-        if host not in self._slots:
-            members = [(name, self._originals[name]()) for name in group["param_names"]]
-            placements = engines.locate(host, group["params"], members)
-            slots = [s for at in placements for s in cut(host, at, at.name in self._projected, group["matricize"])]
-            for slot in slots:
-                single = len(slots) == 1 and slot.layout.numel == host.numel()
-                adopt_state(slot, self.recipe(group), self.state[host], single)
-            self._slots[host] = slots
-        return self._slots[host]
+        """The slots of one tensor, made when it is first met and again when its state was replaced."""
+        slots = self._slots.get(host)
+        if slots is not None and all(slot.is_current(self.state[host]) for slot in slots):
+            return slots
+        members = [(name, self._originals[name]()) for name in group["param_names"]]
+        placements = engines.locate(host, group["params"], members)
+        for at in placements:
+            if at.name in self._projected:
+                selection.check_rank(at.name, at.shape, group["rank"], group["matricize"])
+        slots = [s for at in placements for s in cut(host, at, at.name in self._projected, group["matricize"])]
+        for slot in slots:
+            single = len(slots) == 1 and slot.layout.numel == host.numel()
+            adopt_state(slot, self.recipe(group), self.state[host], single)
+        self._slots[host] = slots
+        return slots
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load as torch.optim does, but keep the dtype of every state tensor (torch would cast to the parameter's)."""
-        super().load_state_dict({**state_dict, "state": {}})
+        """Load as torch.optim does, but keep the dtype of every state tensor (torch would cast to the parameter's).
+
+        Raises:
+            ValueError: the state was saved by another algorithm, or with options that change its shape or meaning.
+        """
+        groups = [
+            self._loaded_group(i, ours, theirs)
+            for i, (ours, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False))
+        ]
+        rest = state_dict["param_groups"][len(groups) :]
+        super().load_state_dict({**state_dict, "param_groups": [*groups, *rest], "state": {}})
         ours = [p for group in self.param_groups for p in group["params"]]
         theirs = [i for group in state_dict["param_groups"] for i in group["params"]]
         for index, p in zip(theirs, ours, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
                 counter = name.split("::")[-1] in COUNTERS
-                self.state[p][name] = value.detach().clone().to("cpu" if counter else p.device)
+                self.state[p][name] = torch.as_tensor(value).detach().clone().to("cpu" if counter else p.device)
         self._slots.clear()
+
+    def _loaded_group(self, index: int, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+        """A saved group's hyper-parameters over ours; the tensors, names and shape of the state stay ours."""
+        where = f"{type(self).__name__}, saved param group {index}"
+        unknown = sorted(set(theirs) - set(self.OPTIONS) - options.TOLERATED - set(ours))
+        if unknown:
+            raise ValueError(f"{where}: has {', '.join(unknown)}: it was saved by another optimizer.")
+        for name in ("rank", "proj_type", "subspace", "matricize", "seed"):
+            if name in theirs and theirs[name] != ours[name]:
+                raise ValueError(
+                    f"{where}: {name} is {theirs[name]!r}, but this optimizer was built with {ours[name]!r}. The state "
+                    "only fits the former; build the optimizer with it."
+                )
+        kept = {k: v for k, v in theirs.items() if k != "param_names"}
+        return {**{k: v for k, v in ours.items() if k != "params"}, **kept}
 
     # -- the step -----------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -205,11 +279,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if any(group["params"] for group in self.param_groups):
                 self._warn_once("no gradient", "step() found no gradient on any parameter: nothing was updated.")
             return loss
-        device = work[0][3].device
-        jobs = self._jobs(work, device)
-        run_all([(job.layout, pipeline.update(job, slot.projected)) for slot, job in jobs], device, _BUCKET)
-        for host in {slot.host: None for slot, _, _, _ in work}:
-            self._write_back(host)
+        jobs = self._jobs(work)
+        for device in _devices(job.weight for _, job in jobs):
+            tasks = [(s, job) for s, job in jobs if job.weight.device == device]
+            run_all([(job.layout, pipeline.update(job, slot.projected)) for slot, job in tasks], device, _BUCKET)
+        for host in list(self._copies):
+            host.copy_(self._copies.pop(host))
         return loss
 
     def _work(self, group: dict[str, Any], host: Tensor) -> list[tuple[Slot, Tensor, Tensor]]:
@@ -232,31 +307,26 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _staged(self, host: Tensor) -> Tensor:
         """A contiguous copy of a weight with other strides (channels_last), written back after the step."""
-        self._copies = getattr(self, "_copies", {})
         self._copies[host] = host.detach().contiguous()
         return self._copies[host]
 
-    def _write_back(self, host: Tensor) -> None:
-        copy = getattr(self, "_copies", {}).pop(host, None)
-        if copy is not None:
-            host.copy_(copy)
-
-    def _jobs(self, work: list, device: torch.device) -> list[tuple[Slot, Job]]:
+    def _jobs(self, work: list) -> list[tuple[Slot, Job]]:
         """Decide for each matrix, equally on all ranks, whether it steps and refreshes."""
-        recipes = {id(group): self.recipe(group) for _, group, _, _ in work}
+        recipes = {id(group): self.recipe(group) for group in self.param_groups}
         asked = [i for i, (slot, g, _, _) in enumerate(work) if slot.step == 0 or due(slot, recipes[id(g)])]
-        surveys = dict(zip(asked, self._survey([work[i] for i in asked], device), strict=True))
+        surveys = dict(zip(asked, self._survey([work[i] for i in asked]), strict=True))
         loads: dict[Any, dict[int, float]] = {}
         jobs = []
         for i, (slot, group, grad, weight) in enumerate(work):
             recipe = recipes[id(group)]
-            non_finite, non_zero = surveys.get(i, (0.0, 1.0))
-            usable = not non_finite and bool(non_zero)
-            if non_finite:
-                self._report_non_finite(slot)
+            unusable, non_zero, skipped = surveys.get(i, (0.0, 1.0, 0.0))
+            usable = not unusable and bool(non_zero)
+            if unusable or skipped:
+                self._report_skipped(slot)
             if slot.step == 0 and not usable:
                 continue  # a parameter without any gradient so far must not start its clock, its basis or its decay
-            refresh = usable and due(slot, recipe)
+            # Flora's change of basis moves what is stored and needs no gradient; the others are made from this one.
+            refresh = due(slot, recipe) and (usable or recipe.momentum is not None)
             job = self._job(slot, group, recipe, grad, weight, refresh)
             if refresh and recipe.subspace.method == "svd" and slot.layout.shared:
                 job.owner = deal(loads.setdefault(slot.layout.group, {}), slot.layout)
@@ -280,18 +350,20 @@ class LowRankOptimizer(torch.optim.Optimizer):
             slot.layout.rank, group["stochastic_rounding"],
         )  # fmt: skip
 
-    def _survey(self, work: list, device: torch.device) -> list[tuple[float, float]]:
-        """(non-finite, non-zero) of each gradient over all ranks: one all-reduce and one read for all of them."""
-        if not work:
-            return []
-        found = run_all([(s.layout, pipeline.survey(g)) for s, _, g, _ in work], device, _BUCKET)
-        return torch.stack([each.to(device) for each in found]).tolist()
+    def _survey(self, work: list) -> list[tuple[float, float, float]]:
+        """(unusable, non-zero, skipped so far) of each gradient over all ranks: one all-reduce and one read for all."""
+        found: dict[int, list[float]] = {}
+        for device in _devices(weight for *_, weight in work):
+            here = [i for i, (*_, weight) in enumerate(work) if weight.device == device]
+            tasks = [(work[i][0].layout, pipeline.survey(work[i][2], work[i][0].state["skipped"])) for i in here]
+            found |= dict(zip(here, torch.stack(run_all(tasks, device, _BUCKET)).tolist(), strict=True))
+        return [found[i] for i in range(len(work))]
 
-    def _report_non_finite(self, slot: Slot) -> None:
+    def _report_skipped(self, slot: Slot) -> None:
         self._warn_once(
             slot.name,
-            f"{slot.name}: the gradient is not finite at step {slot.step}; its basis is kept and its update skipped. "
-            "optimizer.skipped() counts such steps.",
+            f"{slot.name}: the gradient is not finite (or larger than {LARGEST_GRADIENT:.0e}), seen at step "
+            f"{slot.step}; its basis is kept and the update skipped. optimizer.skipped() counts such steps.",
         )
 
     def skipped(self) -> dict[str, int]:
@@ -303,3 +375,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if key not in self._warned:
             self._warned.add(key)
             logger.warning("%s: %s", type(self).__name__, message)
+
+
+def _devices(tensors: Iterable[Tensor]) -> list[torch.device]:
+    """The devices of some tensors, each once, in order."""
+    return list(dict.fromkeys(t.device for t in tensors))

@@ -126,8 +126,8 @@ def check(options: Mapping[str, Any], known: Mapping[str, Any], where: str) -> N
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{where}: unknown option {name!r}{hint} Known options: {', '.join(known)}.")
-        if value == "auto":
-            raise ValueError(f'{where}: {name} is "auto", which only Hugging Face\'s Trainer fills in; give a value.')
         accept, meaning = CHECKS[name]
+        if value == "auto" and not accept(value):
+            raise ValueError(f'{where}: {name} is "auto", which only Hugging Face\'s Trainer fills in; give a value.')
         if not accept(value):
             raise ValueError(f"{where}: {name} must be {meaning}; got {value!r}.")

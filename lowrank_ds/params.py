@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from lowrank_ds import engines
 
 # Parameters whose rows are tokens: their gradients are sparse in rows, and the papers leave them to plain Adam.
-DEFAULT_EXCLUDE = (r"(^|\.)embed\w*(\.|$)", r"(^|\.)\w*embeddings?(\.|$)", r"(^|\.)(wte|wpe|lm_head)(\.|$)")
+DEFAULT_EXCLUDE = (
+    r"(^|\.)embed\w*(\.|$)",
+    r"(^|\.)\w*(embeddings?|_emb)(\.|$)",
+    r"(^|\.)(wte|wpe|lm_head|shared)(\.|$)",
+)
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 
 
@@ -47,7 +51,7 @@ def prepare_group(group: dict[str, Any], index: int) -> dict[str, Any]:
 
     Raises:
         TypeError: an element is neither a tensor nor a (name, tensor) pair.
-        ValueError: an empty list, or names and tensors do not match.
+        ValueError: names and tensors do not match, or a tensor is not real floating point.
     """
     params = group["params"]
     items = [params] if isinstance(params, Tensor) else list(params)
@@ -60,6 +64,10 @@ def prepare_group(group: dict[str, Any], index: int) -> dict[str, Any]:
         if not isinstance(item, Tensor):
             raise TypeError(
                 f"param group {index}: expected tensors or (name, tensor) pairs, got {type(item).__name__}."
+            )
+        if not item.is_floating_point():
+            raise ValueError(
+                f"param group {index}: {names[i] or f'tensor {i}'} is {item.dtype}; only real floats train."
             )
         names[i] = names[i] or engines.name_of(item) or f"group{index}.param{i}"
         tensors.append(item)
@@ -76,6 +84,7 @@ def select(
     target_modules: Sequence[str] | None,
     exclude: Sequence[str] | None,
     tokens: Iterable[str] = (),
+    required: bool = True,
 ) -> list[str]:
     """Names of the parameters to project: at least 2-D, matched by a target, not excluded.
 
@@ -108,7 +117,7 @@ def select(
         and not any(re.search(x, name) for x in refused)
         and (target_modules is not None or name not in tokens)
     ]
-    if not chosen:
+    if not chosen and required:
         raise ValueError(
             f"nothing to project: of {len(named)} parameters none with two or more dimensions is matched by "
             f"target_modules={target_modules} and not excluded. Set rank=None to train without projection."
@@ -134,7 +143,7 @@ def check_rank(name: str, shape: Sequence[int], rank: int, matricize: str) -> No
 
 def param_groups(
     model: nn.Module,
-    rank: int = 128,
+    rank: int,
     target_modules: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     **options: Any,

@@ -22,7 +22,7 @@ from lowrank_ds.job import Job, where_live, write, write_entries
 from lowrank_ds.layout import Layout, Lines
 from lowrank_ds.projection import choose
 from lowrank_ds.recipe import Recipe
-from lowrank_ds.requests import Gather, Steps, Sum, together
+from lowrank_ds.requests import Gather, Steps, Sum, ask, together
 from lowrank_ds.rules import Adafactor, Adam
 from lowrank_ds.subspace import Sharded, factorize
 
@@ -37,6 +37,10 @@ def update(job: Job, projected: bool) -> Steps:
 # --- state -----------------------------------------------------------------------------------------------------------
 def state_shapes(layout: Layout, recipe: Recipe, projected: bool, plain_shape: tuple[int, ...]) -> dict[str, tuple]:
     """{state name: shape} of the fp32 tensors this rank keeps for one matrix."""
+    return _rule_shapes(layout, recipe, projected, plain_shape) | {"skipped": ()}
+
+
+def _rule_shapes(layout: Layout, recipe: Recipe, projected: bool, plain_shape: tuple[int, ...]) -> dict[str, tuple]:
     rule = recipe.rule
     if not projected and isinstance(rule, Adam):
         return dict.fromkeys(rule.state_shapes(1, 1, 1), plain_shape)
@@ -51,7 +55,7 @@ def state_shapes(layout: Layout, recipe: Recipe, projected: bool, plain_shape: t
     arguments = (side.line_count, rank, chunk.stop - chunk.start)
     extra = () if isinstance(rule, Adam) else (rule.is_factored(side.lines.total, rank),)
     basis = {} if recipe.subspace.method == "gaussian" else side.basis_shapes()
-    return rule.state_shapes(*arguments, *extra) | recipe.residual.state_shapes() | basis | {"skipped": ()}
+    return rule.state_shapes(*arguments, *extra) | recipe.residual.state_shapes() | basis
 
 
 def _full_adafactor_shapes(layout: Layout, rule: Adafactor, plain_shape: tuple[int, ...]) -> dict[str, tuple]:
@@ -71,9 +75,10 @@ def projected_gradient(job: Job) -> Steps:
     elif job.refresh and recipe.subspace.on_refresh == "reset":
         _reset(job)
     basis, live = yield from _basis(job, side)
-    state["skipped"].add_(1 - live)
     coords, squares = yield from side.down(job.grad, basis, recipe.residual.needs_squares)
     coords = where_live(live, coords)
+    if job.refresh and len(side.wants) == 2:
+        coords = yield from _without_noise(coords, side.lines)
     squares = None if squares is None else where_live(live, squares)
     direction, correction, scale = yield from _direction(job, coords, side.lines, live)
     factor, direction = yield from recipe.residual.combine(coords, direction, squares, state, side.lines, live)
@@ -101,6 +106,15 @@ def _refresh(job: Job, side) -> Steps:
         state["exp_avg"].copy_(state["exp_avg"] @ (yield from side.overlap(old, new)))
 
 
+def _without_noise(coords: Tensor, lines: Lines) -> Steps:
+    """Zero the coordinates that are rounding noise: P^T G Q is diagonal when both bases are singular vectors of G.
+
+    Adam would turn the noise beside the diagonal into full-size updates, different on every sharding.
+    """
+    total = yield from lines.square_sum(coords)
+    return torch.where(coords.square() > 1e-12 * total, coords, 0.0)
+
+
 def _reset(job: Job) -> None:
     for name in ("exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"):
         if name in job.state:
@@ -117,7 +131,7 @@ def _basis(job: Job, side) -> Steps:
         basis = side.random((*job.key, count), job.grad.device)
     else:
         basis = side.gathered(job.state, tuple(answers))
-    return basis, _live(peaks)
+    return basis, _live(job, peaks)
 
 
 def _ask_peaks(job: Job) -> Gather:
@@ -126,14 +140,18 @@ def _ask_peaks(job: Job) -> Gather:
     return Gather(mine, len(job.layout.holders))
 
 
-def survey(grad: Tensor) -> Steps:
-    """[ranks that hold a non-finite entry, ranks that hold a non-zero one] (2,), known also to ranks that hold none."""
+def survey(grad: Tensor, skipped: Tensor) -> Steps:
+    """[ranks with unusable entries, ranks with non-zero ones, updates skipped so far] (3,), known to every rank."""
     mine = linalg.peak(grad)
-    return (yield Sum(torch.stack([~mine.isfinite(), mine != 0]).float()))
+    found = yield Sum(torch.stack([~linalg.is_usable(mine), mine != 0]).float())
+    return torch.cat([found, skipped.view(1)])
 
 
-def _live(peaks: Tensor) -> Tensor:
-    return peaks.max().isfinite().float()
+def _live(job: Job, peaks: Tensor) -> Tensor:
+    """1.0 if the whole gradient can be used, 0.0 if not (then it is counted), on the device."""
+    live = linalg.is_usable(peaks.max()).float()
+    job.state["skipped"].add_(1 - live)
+    return live
 
 
 def _direction(job: Job, x: Tensor, lines: Lines, live: Tensor) -> Steps:
@@ -189,7 +207,7 @@ def compressed_momentum(job: Job) -> Steps:
 def _preconditioned(job: Job) -> Steps:
     """Adafactor's raw update of the whole matrix: this rank's entries (numel,), zeros when not live."""
     layout, rule = job.layout, job.recipe.rule
-    live = _live((yield _ask_peaks(job)))
+    live = _live(job, (yield _ask_peaks(job)))
     grad = where_live(live, job.grad.float())
     if not rule.is_factored(*layout.shape):
         lines = Lines(layout, slice(0, 1), 1, partial=True)
@@ -211,7 +229,7 @@ def plain(job: Job) -> Steps:
     """The recipe's rule on the parameter itself: biases, norms, embeddings."""
     rule, scale, correction = job.recipe.rule, None, 1.0
     if isinstance(rule, Adam):
-        live = _live((yield _ask_peaks(job)))
+        live = _live(job, (yield _ask_peaks(job)))
         grad = where_live(live, job.grad.float())
         update = rule.update(grad.view_as(job.state["exp_avg"]), job.state, live).view(-1)
         correction = rule.correction(job.step)
@@ -226,10 +244,6 @@ def _full_adafactor(job: Job) -> Steps:
     raw, live = yield from _preconditioned(job)
     if rule.momentum_first:
         raw = _momentum(rule, raw, state, live).clone()
-    square, scale = yield from together(_sum(raw.square().sum()), _parameter_scale(job))
+    square, scale = yield from together(ask(Sum(raw.square().sum())), _parameter_scale(job))
     update = rule.clip(raw, square, job.layout.shape[0] * job.layout.shape[1]).mul_(scale)
     return update if rule.momentum_first else _momentum(rule, update, state, live), live, scale
-
-
-def _sum(tensor: Tensor) -> Steps:
-    return (yield Sum(tensor))

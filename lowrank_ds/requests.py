@@ -39,6 +39,11 @@ class Exchange:
     receives: Mapping[int, int]
 
 
+def ask(request: Any) -> Steps:
+    """A generator that asks once and answers what it is told."""
+    return (yield request)
+
+
 def together(*parts: Steps) -> Steps:
     """Advance several generators side by side, asking for all they need in one round. Answers their results."""
     results: list[Any] = [None] * len(parts)

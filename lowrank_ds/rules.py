@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_ds.layout import Lines
-from lowrank_ds.requests import Gather, Steps, Sum, together
+from lowrank_ds.requests import Gather, Steps, Sum, ask, together
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,14 @@ class Adafactor:
         square, width = x.square(), x.shape[1]
         mine = square if lines.partial else square[lines.owned]
         rows, (columns, column_mean) = yield from together(
-            lines.complete(square.sum(1)), _ask(Sum(mine.sum(0)), Gather(state["exp_avg_sq_col"], width))
+            lines.complete(square.sum(1)), ask((Sum(mine.sum(0)), Gather(state["exp_avg_sq_col"], width)))
         )
         column_mean = torch.lerp(column_mean, columns / lines.total + self.eps[0], weight)
         state["exp_avg_sq_col"].copy_(column_mean[lines.layout.chunk(width)])
         row_mean = state["exp_avg_sq_row"].lerp_(rows / width + self.eps[0], weight)
         # The mean of the row means, which the formula asks for, is the mean of the column means: no further sum.
-        return x * (column_mean.mean() / row_mean).sqrt().unsqueeze(1) * column_mean.rsqrt()
+        # (Each root by itself: the quotient of a large mean and an empty row's 1e-30 would overflow.)
+        return x * row_mean.rsqrt().unsqueeze(1) * column_mean.mean().sqrt() * column_mean.rsqrt()
 
     def clip(self, update: Tensor, square_sum: Tensor, numel: int) -> Tensor:
         """Scale `update` in place so that its RMS, sqrt(square_sum / numel), is at most `clip_threshold`."""
@@ -114,7 +115,3 @@ class Adafactor:
         if not self.scale_parameter:
             return torch.ones_like(weight_square_sum)
         return (weight_square_sum / numel).sqrt().clamp_min(self.eps[1])
-
-
-def _ask(*requests: Sum | Gather) -> Steps:
-    return (yield requests)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +22,8 @@ COUNTERS = ("step", "refreshes", "last_refresh", "moment_step")
 class Slot:
     """One matrix (or plain parameter) inside a tensor of `param_groups`, as far as this rank holds it.
 
-    start: offset in the tensor's entries. state: its state tensors, the same objects as in `optimizer.state`.
+    start: offset in the tensor's entries. prefix: of its keys in optimizer.state.
+    state: its state tensors, the same objects as in `optimizer.state`.
     The counters mirror 0-d state tensors, so that no step reads a number back from the device.
     """
 
@@ -29,11 +32,16 @@ class Slot:
     start: int
     layout: Layout
     projected: bool
+    prefix: str = ""
     state: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
     refreshes: int = 0
     last_refresh: int = 0
     moment_step: int = 0
+
+    def is_current(self, store: Mapping[str, Tensor]) -> bool:
+        """Whether `store` (the host's entry in optimizer.state) still holds the tensors this slot works on."""
+        return all(store.get(self.prefix + name) is tensor for name, tensor in self.state.items())
 
     def read_counters(self) -> None:
         """Take the counters from the state (after loading)."""
@@ -73,7 +81,7 @@ def adopt_state(slot: Slot, recipe: Recipe, store: dict[str, Tensor], single: bo
     plain_shape = tuple(slot.host.shape) if single else (slot.layout.numel,)
     shapes = pipeline.state_shapes(slot.layout, recipe, slot.projected, plain_shape)
     counters = COUNTERS if slot.projected else COUNTERS[:1]
-    prefix = "" if single else f"{slot.name}::"
+    slot.prefix = prefix = "" if single else f"{slot.name}::"
     loaded = any(key.startswith(prefix) for key in store) if prefix else bool(store)
     for name, shape in {**shapes, **dict.fromkeys(counters, ())}.items():
         key = prefix + name
@@ -98,13 +106,13 @@ def due(slot: Slot, recipe: Recipe) -> bool:
     if slot.refreshes == 0:
         return True
     if recipe.momentum:
-        return (slot.step + 1) % recipe.subspace.every == 0
+        return (slot.step + 1) // recipe.subspace.every > (slot.last_refresh + 1) // recipe.subspace.every
     return slot.step - slot.last_refresh >= recipe.subspace.every
 
 
 def offset(name: str, every: int) -> int:
     """How far a staggered matrix' second refresh is moved forward, in [0, every): a hash of its name."""
-    return sum(name.encode()) * 2654435761 % 2**32 % every
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") % every
 
 
 def deal(load: dict[int, float], layout: Layout) -> int:

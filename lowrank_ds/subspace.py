@@ -44,7 +44,6 @@ class Subspace:
     oversample: int = 16
     power: int = 1
     stagger: bool = False
-    seed: int = 0
 
 
 class Sharded:

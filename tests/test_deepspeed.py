@@ -331,7 +331,7 @@ class Counting:
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self.module, name)
-        if name not in ("all_reduce", "all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor"):
+        if name not in ("all_reduce", "all_to_all_single", "all_gather_single", "all_gather_into_tensor"):
             return attribute
 
         def counted(tensor: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:

@@ -69,6 +69,12 @@ CONSTRUCTOR = [
     (GaLoreAdamW, {"subspace": "gaussian", "on_refresh": "rotate"}, r'on_refresh="rotate" needs one orthonormal'),
     (ApolloAdamW, {"proj_type": "full"}, r"APOLLO scales one side"),
     (Flora, {"lr": 0.1, "proj_type": "full"}, r"Flora compresses one side"),
+    (
+        GaLoreAdafactor,
+        {"lr": 0.1, "on_refresh": "rotate"},
+        r'on_refresh="rotate" moves the momentum, and beta1 is null',
+    ),
+    (Flora, {"lr": 0.1, "stagger": True}, r"Flora: unknown option 'stagger'"),
     (Flora, {"lr": 0.1, "beta1": None}, r"beta1=None keeps no momentum, so rank=2 would compress nothing"),
     (Flora, {"lr": 0.1, "relative_step": True}, r"lr and relative_step=True exclude each other"),
     (Flora, {"lr": 0.1, "warmup_init": True}, r"warmup_init=True requires relative_step=True"),
@@ -121,6 +127,18 @@ PARAMS = [
     (lambda: param_groups(nn.Embedding(5, 4), rank=2), ValueError, "nothing to project"),
     (lambda: divide_params(model(), ["attn", "mlp"]), ValueError, "'attn' matches no parameter"),
     (lambda: ApolloMini(named(), rank=2, proj="raddom"), ValueError, "subspace must be one of"),
+    (lambda: ApolloMini(named(), proj="svd", subspace="svd"), TypeError, "subspace is given twice"),
+    (lambda: param_groups(model()), TypeError, "rank"),
+    (
+        lambda: GaLoreAdamW([("w", torch.zeros(4, 4, dtype=torch.complex64))], rank=2),
+        ValueError,
+        "w is torch.complex64",
+    ),
+    (
+        lambda: GaLoreAdamW([{"params": named()[:1], "rank": 2}], target_modules=["q"]),
+        ValueError,
+        "target_modules and exclude choose by name, but param groups carry their own 'rank'",
+    ),
 ]
 
 
@@ -169,18 +187,42 @@ def trained_state(cls: type, **options: object) -> dict:
     return optimizer.state_dict()
 
 
-@pytest.mark.parametrize(
-    ("saved", "message"),
-    [
-        (
-            lambda: trained_state(GaLoreAdamW, rank=3),
-            r"1\.weight: the loaded 'exp_avg' has shape \(8, 3\), expected \(8, 2\)",
-        ),
-        (lambda: trained_state(ApolloAdamW), r"1\.weight: the loaded state has no 'projector'"),
-    ],
-)
-def test_state_of_another_run_is_refused_by_name(saved, message: str) -> None:
-    """Loading another rank or another algorithm names the parameter."""
+LOADED = [
+    (
+        lambda: trained_state(GaLoreAdamW, rank=3),
+        r"saved param group 0: rank is 3, but this optimizer was built with 2",
+    ),
+    (
+        lambda: trained_state(GaLoreAdamW, proj_type="left"),
+        r"proj_type is 'left', but this optimizer was built with 'std'",
+    ),
+    (lambda: trained_state(FiraAdamW), r"saved param group 0: has alpha, limiter, .*saved by another optimizer"),
+    (lambda: trained_state(ApolloAdamW), r"saved param group 0: has disable_nl"),
+]
+
+
+@pytest.mark.parametrize(("saved", "message"), LOADED, ids=[m for _, m in LOADED])
+def test_state_of_another_run_is_refused_when_loaded(saved, message: str) -> None:
+    """Another rank, side or algorithm is named at load, and nothing has changed."""
+    optimizer = GaLoreAdamW(param_groups(model(), rank=2), lr=1e-3)
+    before = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved())
+    assert before == {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+
+
+STATES = [
+    (
+        lambda: trained_state(GaLoreAdamW, rank=3),
+        r"1\.weight: the loaded 'exp_avg' has shape \(8, 3\), expected \(8, 2\)",
+    ),
+    (lambda: trained_state(ApolloAdamW), r"1\.weight: the loaded state has no 'projector'"),
+]
+
+
+@pytest.mark.parametrize(("saved", "message"), STATES, ids=[m for _, m in STATES])
+def test_state_that_does_not_fit_is_refused_by_name(saved, message: str) -> None:
+    """State tensors of another shape or algorithm, under matching groups, name the parameter at the step."""
     layers, loaded = model(), saved()
     optimizer = GaLoreAdamW(param_groups(layers, rank=2), lr=1e-3)
     ours = optimizer.state_dict()["param_groups"]

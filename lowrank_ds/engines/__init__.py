@@ -29,7 +29,8 @@ def locate(host: Tensor, hosts: Sequence[Tensor], members: Sequence[tuple[str, T
     own = next((name for name, param in members if param is host), None)
     partitioned = any(deepspeed.is_partitioned(param) for _, param in members if param is not None)
     if own is None and not partitioned and len(hosts) == len(members):  # an engine swapped the tensors one by one
-        own = next(name for p, (name, _) in zip(hosts, members, strict=True) if p is host)
+        name, param = next(member for p, member in zip(hosts, members, strict=True) if p is host)
+        own = name if param is not None and full_shape(param) == tuple(host.shape) else None
     if own is not None:
         return plain.locate(host, own)
     return deepspeed.locate(host, members)
