@@ -368,7 +368,7 @@ def test_collectives_per_step_do_not_grow_with_depth(capsys: pytest.CaptureFixtu
         for key, (calls, size) in shallow.items():
             print(f"  {key[0]:18s} zero{key[1]}  {calls} -> {deep[key][0]}   {size} -> {deep[key][1]} bytes")
     for key in shallow:
-        assert shallow[key][0] == deep[key][0] <= 7, key
+        assert shallow[key][0] == deep[key][0] <= 8, key
     assert shallow["galore right", 3][0] <= 2  # basis with liveness; cut rows
 
 
