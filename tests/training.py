@@ -20,9 +20,11 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "galore left": ("GaLoreAdamW", {"update_proj_gap": GAP, "proj_type": "left"}),
     "galore full": ("GaLoreAdamW", {"update_proj_gap": GAP, "proj_type": "full"}),
     "galore power rotate": ("GaLoreAdamW", {"update_proj_gap": GAP, "subspace": "power", "on_refresh": "rotate"}),
+    # lr 1e-3: right after a reset Adam's direction is all signs, and at 1e-2 one ulp in the initial weights moves the
+    # one-process result by up to 3e-5
     "galore randomized reset": (
         "GaLoreAdamW",
-        {"update_proj_gap": GAP, "subspace": "randomized", "on_refresh": "reset", "stagger": True},
+        {"update_proj_gap": GAP, "subspace": "randomized", "on_refresh": "reset", "stagger": True, "lr": 1e-3},
     ),
     "galore adafactor": ("GaLoreAdafactor", {"update_proj_gap": GAP, "beta1": 0.9}),
     "fira": ("FiraAdamW", {"update_proj_gap": GAP}),
@@ -78,6 +80,15 @@ def one_process(recipe: str, steps: int = STEPS, model: Any = None, **more: Any)
         optimizer.step()
         optimizer.zero_grad()
     return weights_of(model)
+
+
+def one_ulp_away(recipe: str) -> dict[str, torch.Tensor]:
+    """One process from initial weights changed in the last bit: how much rounding alone moves this recipe."""
+    model, generator = tiny_llama(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1 + 6e-8 * torch.randn(p.shape, generator=generator).sign())
+    return one_process(recipe, model=model)
 
 
 def ddp(rank: int, world: int, recipe: str, steps: int = STEPS) -> dict[str, torch.Tensor]:
