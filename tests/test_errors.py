@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -247,6 +249,25 @@ def test_untested_deepspeed_versions_are_refused(version: str, monkeypatch) -> N
     monkeypatch.setenv("LOWRANK_DS_UNTESTED_DEEPSPEED", "1")
     zero.check_version(version)
     zero.check_version("0.19.8")
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ({"swap_optimizer": True}, "offload_optimizer.device is nvme.*Use device cpu"),
+        ({"fp32_partitioned_groups_flat": []}, "not one of DeepSpeed's fp32 sub-groups"),
+    ],
+)
+def test_zero3_partitions_we_cannot_place_are_refused(records: dict, message: str) -> None:
+    """NVMe swapping and unknown partitions: the key or the tensor is named."""
+    optimizer = GaLoreAdamW([("w", weight := nn.Parameter(torch.zeros(8, 6)))], lr=1e-3, rank=2)
+    weight.ds_id, weight.ds_shape, weight.ds_numel = 0, (8, 6), 48
+    weight._z3_optimizer = SimpleNamespace(**records)
+    flat = nn.Parameter(torch.zeros(48))
+    flat.grad = torch.ones(48)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
 
 
 def test_a_tensor_of_unknown_origin_is_refused() -> None:

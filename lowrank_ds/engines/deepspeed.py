@@ -118,11 +118,16 @@ def _stage12(host: Tensor, members: list[tuple[str, Tensor]]) -> list[Placement]
 def _stage3(host: Tensor, members: list[tuple[str, Tensor]]) -> list[Placement]:
     names = {id(p): name for name, p in members}
     zero: Any = next(p._z3_optimizer for _, p in members if hasattr(p, "_z3_optimizer"))
+    if getattr(zero, "swap_optimizer", False):
+        raise RuntimeError(
+            "zero_optimization.offload_optimizer.device is nvme: DeepSpeed's swapper expects state of the partition's "
+            "size, which low-rank state is not. Use device cpu."
+        )
     index = next((i for i, flat in enumerate(zero.fp32_partitioned_groups_flat) if flat is host), None)
     if index is None:
         raise RuntimeError(
-            "ZeRO-3: the partition is not one of DeepSpeed's fp32 sub-groups. NVMe offload (offload_optimizer.device: "
-            "nvme) and super-offload keep other copies and are not supported: use device cpu."
+            f"ZeRO-3: a tensor of shape {tuple(host.shape)} in param_groups is not one of DeepSpeed's fp32 sub-groups "
+            "(super-offload keeps other copies and is not supported). Is an optimizer of another engine being stepped?"
         )
     placements = []
     for p in zero.fp16_groups[index]:
