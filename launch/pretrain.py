@@ -181,6 +181,8 @@ def main() -> None:
             f"{processes.world} x {processes.device.type}, {plan.total} x {args.seq_len} tokens a step",
             flush=True,
         )
+        if hasattr(trainer.optimizer, "summary"):  # ours says what it projects and what not
+            print(trainer.optimizer.summary(), flush=True)
 
     def evaluate() -> float:
         return perplexity(trainer.logits, held_out, processes.rank, processes.world, processes.device)

@@ -37,7 +37,7 @@ train() {
         --train-data "$output/corpus/train.jsonl" --valid-data "$output/corpus/valid.jsonl" \
         --cache-dir "$output/corpus/tokens" --seq-len 128 --batch-size "$batch" --micro-batch $((batch / processes)) \
         --steps "$steps" --log-every 10 --output "$output/$name" "${precision[@]}" "$@" 2>&1 \
-        | tee "$log" | grep --line-buffered -E '^(step|saved|[A-Za-z]+, [0-9])' || status=${PIPESTATUS[0]}
+        | tee "$log" | grep --line-buffered -E '^(step|saved|[A-Za-z]+[,:] [0-9])' || status=${PIPESTATUS[0]}
     [ "$status" = 0 ] || { tail -n 30 "$log" >&2; fail "training failed; all of it is in $log"; }
 }
 

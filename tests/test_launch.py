@@ -197,6 +197,7 @@ def test_the_quickstart_runs_end_to_end(tmp_path: Path) -> None:
         "bash", "launch/quickstart.sh", QUICKSTART_SKIP_INSTALL="1", QUICKSTART_PYTHON=sys.executable,
         QUICKSTART_STEPS="4", QUICKSTART_OUTPUT=str(tmp_path / "quick"),
     )  # fmt: skip
+    assert "FiraAdamW: 28 parameters projected (rank [32])" in output
     assert "held-out ppl" in output and "FiraAdamW" in output and "AdamW" in output and "ETA" in output
     assert (tmp_path / "quick" / "loss.png").stat().st_size > 5000
     for run in ("fira", "adamw"):
