@@ -23,9 +23,9 @@ class NamedGroups(torch.optim.Optimizer):
 
     Args:
         params: what torch.optim accepts. Groups that carry 'rank' are projected, then groups without it are not
-            (the published packages' form). If no group carries it, `rank`, `target_modules` and `exclude` choose the
-            parameters by name, so names must be known: pass `model.named_parameters()`, or let a ds_config name
-            the optimizer.
+            (the published packages' form; patterns in such a group choose within it). If no group carries it,
+            `rank`, `target_modules` and `exclude` choose the parameters by name, so names must be known: pass
+            `model.named_parameters()`, or let a ds_config name the optimizer.
         **settings: the subclass's OPTIONS, also allowed per group.
 
     Raises:
@@ -168,9 +168,10 @@ class NamedGroups(torch.optim.Optimizer):
         for key, (targets, exclude) in patterns.items():
             alike = [g for g in asking if repr((g["target_modules"], g["exclude"])) == key]
             named = [(n, self._originals[n]()) for g in alike for n in g["param_names"]]
-            chosen |= (
-                {n for n, _ in named} if by_group else set(selection.select(named, targets, exclude, (), required))
-            )
+            if by_group and not targets and not exclude:
+                chosen |= {n for n, _ in named}
+            else:
+                chosen |= set(selection.select(named, targets, exclude, (), required))
         for group in asking:
             for name in (n for n in group["param_names"] if n in chosen):
                 p = self._originals[name]()

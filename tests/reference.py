@@ -185,6 +185,15 @@ def adafactor(
     return w
 
 
+def moments_at_refresh(on_refresh, old, new, m, v, start, t):
+    """Moments and the step their bias correction counts from, after a change of basis (the first is none)."""
+    if old is not None and on_refresh == "rotate":
+        m = transport(m, old, new)
+    if old is not None and on_refresh == "reset":
+        m, v, start = 0.0, 0.0, t
+    return m, v, start
+
+
 def galore_adamw(
     weight, grads, *, rank, lr, update_proj_gap=200, scale=0.25, proj_type="std", on_refresh="keep",
     betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, correct_bias=True,
@@ -194,10 +203,7 @@ def galore_adamw(
     for t, grad in enumerate(awake(grads)):
         if due(t, renewed, update_proj_gap, grad):
             old, bases, renewed = bases, svd_bases(grad, rank, proj_type), t
-            if old is not None and on_refresh == "rotate":
-                m = transport(m, old, bases)
-            if old is not None and on_refresh == "reset":
-                m, v, start = 0.0, 0.0, t
+            m, v, start = moments_at_refresh(on_refresh, old, bases, m, v, start, t)
         p, q = bases
         m, v = adam_moments(m, v, p.T @ grad @ q, betas)
         direction = p @ (m / (v.sqrt() + eps)) @ q.T
@@ -245,10 +251,7 @@ def fira(
     for t, grad in enumerate(awake(grads)):
         if due(t, renewed, update_proj_gap, grad):
             old, bases, renewed = bases, svd_bases(grad, rank, proj_type), t
-            if old is not None and on_refresh == "rotate":
-                m = transport(m, old, bases)
-            if old is not None and on_refresh == "reset":
-                m, v, start = 0.0, 0.0, t
+            m, v, start = moments_at_refresh(on_refresh, old, bases, m, v, start, t)
         p, q = bases
         r = p.T @ grad @ q
         m, v = adam_moments(m, v, r, betas)

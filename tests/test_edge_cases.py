@@ -323,8 +323,11 @@ def test_groups_use_their_own_targets() -> None:
         {"params": [(n, params[n]) for n in ("a.q", "a.v")], "target_modules": ["q"]},
         {"params": [(n, params[n]) for n in ("b.q", "b.v")], "target_modules": ["v"]},
     ]
-    optimizer = GaLoreAdamW(groups, lr=1e-2, rank=2)
-    assert "2 plain: a.v, b.q" in optimizer.summary()
+    assert "2 plain: a.v, b.q" in GaLoreAdamW(groups, lr=1e-2, rank=2).summary()
+    with_rank = [{**group, "rank": 2} for group in groups]
+    assert "2 plain: a.v, b.q" in GaLoreAdamW(with_rank, lr=1e-2).summary()
+    with pytest.raises(ValueError, match="target_modules: 'k' matches no parameter"):
+        GaLoreAdamW([{**groups[0], "rank": 2, "target_modules": ["k"]}], lr=1e-2)
 
 
 def test_randomness_is_keyed_by_name_not_by_position() -> None:
