@@ -30,7 +30,8 @@ def _subspace(group: Mapping[str, Any], every: str = "update_proj_gap", **fixed:
         return None
     chosen = {"method": group.get("subspace", "gaussian"), "every": group[every]}
     shared = {k: group[k] for k in ("rank", "proj_type", "on_refresh", "oversample", "stagger") if k in group}
-    how = Subspace(**shared, **{**chosen, **fixed})
+    how = Subspace(**shared, **{**chosen, **fixed}, replicated=group.get("projector_storage") == "replicated")
+    _check_storage(how, group.get("projector_storage"))
     if how.on_refresh == "rotate" and (how.method == "gaussian" or how.proj_type == "full"):
         raise ValueError(
             'on_refresh="rotate" needs one orthonormal basis: use subspace="svd", "randomized" or "power" and a '
@@ -39,6 +40,14 @@ def _subspace(group: Mapping[str, Any], every: str = "update_proj_gap", **fixed:
     if how.proj_type == "full" and how.method != "svd":
         raise ValueError('proj_type="full" projects both sides and needs subspace="svd".')
     return how
+
+
+def _check_storage(how: Subspace, storage: str | None) -> None:
+    if storage is not None and (how.method == "gaussian") != (storage == "seed"):
+        raise ValueError(
+            f"projector_storage={storage!r} does not go with subspace={how.method!r}: gaussian bases are drawn again "
+            'from their seed ("seed"), others are stored ("sharded" or "replicated"). Leave it out to get what fits.'
+        )
 
 
 def _orthonormal(how: Subspace | None, what: str) -> None:
@@ -193,7 +202,7 @@ class Flora(_Adafactor):
         "lr": None, "rank": 128, "kappa": 1000, "eps": (1e-30, 1e-3), "clip_threshold": 1.0, "decay_rate": -0.8,
         "beta1": 0.9, "weight_decay": 0.0, "scale_parameter": True, "relative_step": None, "warmup_init": False,
         "factorize_second_moment": True, "seed": 0, "quantization": False,
-        **{k: v for k, v in COMMON.items() if k not in ("seed", "on_refresh", "oversample", "stagger")},
+        **{k: COMMON[k] for k in ("proj_type", "target_modules", "exclude", "matricize", "stochastic_rounding")},
     }  # fmt: skip
 
     @classmethod

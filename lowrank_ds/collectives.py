@@ -45,14 +45,14 @@ def _serve(requests: dict[int, tuple[Layout, Any]], group: Any, device: torch.de
         (i, *path): (layout, item) for i, (layout, request) in requests.items() for path, item in _leaves(request)
     }
     sums = {key: item.tensor for key, (_, item) in single.items() if isinstance(item, Sum)}
-    gathers = {key: pair for key, pair in single.items() if isinstance(pair[1], Gather)}
-    common = {key: pair for key, pair in gathers.items() if pair[0].held_by_all}
-    few = {key: pair for key, pair in gathers.items() if not pair[0].held_by_all}
+    gathers = {key: item for key, (_, item) in single.items() if isinstance(item, Gather)}
+    common = {key: item for key, item in gathers.items() if item.axis.everywhere}
+    few = {key: item for key, item in gathers.items() if not item.axis.everywhere}
     moves = {key: item for key, (_, item) in single.items() if isinstance(item, Exchange)}
-    moves |= {key: _gather_moves(*pair) for key, pair in few.items()}
+    moves |= {key: _gather_moves(item) for key, item in few.items()}
     answers: dict[Any, Any] = _all_reduce(sums, group) | (_all_gather(common, group, device) if common else {})
     answers |= _all_to_all(moves, group, device) if moves else {}
-    answers |= {key: _gathered(*pair, answers[key]) for key, pair in few.items()}
+    answers |= {key: _gathered(item, answers[key]) for key, item in few.items()}
     return {i: _shaped(request, answers, (i,)) for i, (_, request) in requests.items()}
 
 
@@ -70,22 +70,23 @@ def _shaped(request: Any, answers: Mapping[Any, Any], path: tuple[int, ...]) -> 
     return tuple(_shaped(part, answers, (*path, i)) for i, part in enumerate(request))
 
 
-def _gather_moves(layout: Layout, item: Gather) -> Exchange:
-    if not layout.numel:
-        return Exchange({}, {})
-    width = item.chunk.shape[1:].numel()
-    others = [j for j in layout.holders if j != layout.rank]
-    sizes = {j: layout.chunk(item.total, j) for j in others}
-    flat = item.chunk.reshape(-1)
-    return Exchange(dict.fromkeys(others, flat), {j: (s.stop - s.start) * width for j, s in sizes.items()})
+def _gather_moves(item: Gather) -> Exchange:
+    """A gather as point-to-point moves: kept lines go to all who touch them."""
+    axis, width = item.axis, item.chunk.shape[1:].numel()
+    receives = {j: (lines.stop - lines.start) * width for j, lines in axis.outgoing.items()}
+    return Exchange({j: item.chunk[lines] for j, lines in axis.incoming.items()}, receives)
 
 
-def _gathered(layout: Layout, item: Gather, answer: dict[int, Tensor]) -> Tensor:
-    shape = (item.total, *item.chunk.shape[1:])
-    if not layout.numel:  # nothing here needs the values; the shape keeps the mathematics free of special cases
-        return item.chunk.new_zeros(()).expand(shape)
-    answer[layout.rank] = item.chunk.reshape(-1)
-    return torch.cat([answer[j] for j in layout.holders]).view(shape)
+def _gathered(item: Gather, answer: dict[int, Tensor]) -> Tensor:
+    """The touched lines out of the pieces that arrived and those kept here."""
+    axis, rest = item.axis, item.chunk.shape[1:]
+    if axis.window.stop == axis.window.start:  # nothing here needs the values; the shape avoids special cases
+        return item.chunk.new_zeros(()).expand(axis.total, *rest)
+    out = item.chunk.new_empty(axis.window.stop - axis.window.start, *rest)
+    out[axis.here[0]] = item.chunk[axis.here[1]]
+    for j, lines in axis.outgoing.items():
+        out[lines] = answer[j].view(-1, *rest)
+    return out
 
 
 def _wire(device: torch.device, group: Any) -> torch.device:
@@ -106,13 +107,13 @@ def _all_reduce(sums: dict[Any, Tensor], group: Any) -> dict[Any, Tensor]:
     return answers
 
 
-def _all_gather(gathers: dict[Any, tuple[Layout, Gather]], group: Any, device: torch.device) -> dict[Any, Tensor]:
-    """Chunks of matrices that all ranks hold: every rank sends one message, padded where chunks are uneven."""
+def _all_gather(gathers: dict[Any, Gather], group: Any, device: torch.device) -> dict[Any, Tensor]:
+    """What every rank touches: every rank sends one message, padded where the kept parts are uneven."""
     world, wire = dist.get_world_size(group), _wire(device, group)
     widths, parts = [], []
-    for _, item in gathers.values():
+    for item in gathers.values():
         flat = item.chunk.reshape(-1).float()
-        width = -(-item.total // world) * item.chunk.shape[1:].numel()
+        width = max(b - a for a, b in item.axis.kept) * item.chunk.shape[1:].numel()
         parts += [flat, flat.new_zeros(width - flat.numel())] if width > flat.numel() else [flat]
         widths.append(width)
     outgoing = torch.cat(parts).to(wire)
@@ -121,13 +122,17 @@ def _all_gather(gathers: dict[Any, tuple[Layout, Gather]], group: Any, device: t
     getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(incoming, outgoing, group=group)
     columns = incoming.to(device).view(world, -1).split(widths, 1)
     answers = {}
-    for (key, (layout, item)), column in zip(gathers.items(), columns, strict=True):
-        rest = item.chunk.shape[1:]
-        if item.total % world:
-            sizes = [(s.stop - s.start) * rest.numel() for s in (layout.chunk(item.total, j) for j in range(world))]
-            column = torch.cat([row[:size] for row, size in zip(column, sizes, strict=True)])
-        answers[key] = column.reshape(item.total, *rest)
+    for (key, item), column in zip(gathers.items(), columns, strict=True):
+        rest, spans = item.chunk.shape[1:], item.axis.kept
+        if any(b - a != spans[0][1] for a, b in spans) or list(spans) != sorted(spans):  # padded, or out of order
+            column = torch.cat([column[j, : (b - a) * rest.numel()] for j, (a, b) in _in_order(spans)])
+        answers[key] = column.reshape(item.axis.total, *rest)
     return answers
+
+
+def _in_order(spans: tuple[tuple[int, int], ...]) -> list[tuple[int, tuple[int, int]]]:
+    """(rank, interval) by the interval's place."""
+    return sorted(enumerate(spans), key=lambda pair: pair[1])
 
 
 def _all_to_all(moves: dict[Any, Exchange], group: Any, device: torch.device) -> dict[Any, dict[int, Tensor]]:
@@ -164,10 +169,14 @@ def run_all(tasks: Iterable[tuple[Layout, Steps]], device: torch.device, budget:
             results[i] = finish_alone(steps)
             continue
         queue = buckets.setdefault(layout.group, [[]])
-        if queue[-1] and sum(tasks[j][0].cuts[-1] for j in queue[-1]) + layout.cuts[-1] > budget:
+        if queue[-1] and sum(_size(tasks[j][0]) for j in queue[-1]) + _size(layout) > budget:
             queue.append([])
         queue[-1].append(i)
     for bucket in itertools.chain(*buckets.values()):
         for i, result in zip(bucket, run([tasks[i] for i in bucket], device), strict=True):
             results[i] = result
     return results
+
+
+def _size(layout: Layout) -> int:
+    return layout.shape[0] * layout.shape[1]

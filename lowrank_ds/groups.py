@@ -69,6 +69,7 @@ class NamedGroups(torch.optim.Optimizer):
     def _forget(self, projected: set[str]) -> None:
         """Forget every tensor. `projected`: names of what is projected."""
         self._originals: dict[str, weakref.ref[Tensor]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._projected = projected
 
     def __getstate__(self) -> dict[str, Any]:
@@ -159,6 +160,7 @@ class NamedGroups(torch.optim.Optimizer):
             if known is not None and known() is not p:
                 raise ValueError(f"{where}: two parameters are named {name!r}.")
             self._originals[name] = weakref.ref(p)
+            self._shapes[name] = engines.full_shape(p)
 
     def _select(self, groups: list[dict[str, Any]], by_group: bool, required: bool = True) -> None:
         """Decide by name what is projected, and check that it can be (frozen matrices: when they first train)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_ds import linalg
-from lowrank_ds.layout import Layout
+from lowrank_ds.layout import Block, Layout
 from lowrank_ds.recipe import Recipe
 
 _CHUNK = 1 << 16  # entries of G scaled at a time on CPU: a temporary that stays in cache, never a second G
@@ -60,7 +60,8 @@ def write_entries(job: Job, update: Tensor, step_size: float, scale: Tensor | No
     if job.weight_decay:
         weight.mul_(_keep(job, scale))
     weight.sub_(update, alpha=step_size)
-    _round_back(job, weight, slice(0, weight.numel()))
+    for block in job.layout.blocks:
+        _round_back(job, block.of(weight), block)
 
 
 def write(job: Job, side, basis, source: Tensor, factor, direction, step_size: float, scale, live: Tensor) -> None:
@@ -77,7 +78,7 @@ def write(job: Job, side, basis, source: Tensor, factor, direction, step_size: f
             weight.addmm_(left.to(weight.dtype), right.T.to(weight.dtype), beta=keep, alpha=-step_size)
         if lines is not None:
             _subtract_scaled(weight, block.of(source), lines, step_size, live)
-        _round_back(job, weight, block.entries)
+        _round_back(job, weight, block)
 
 
 def _subtract_scaled(weight: Tensor, source: Tensor, lines: Tensor, step_size: float, live: Tensor) -> None:
@@ -90,14 +91,11 @@ def _subtract_scaled(weight: Tensor, source: Tensor, lines: Tensor, step_size: f
         weight[part].sub_(where_live(live, scaled), alpha=step_size)
 
 
-def _round_back(job: Job, weight: Tensor, entries: slice) -> None:
+def _round_back(job: Job, weight: Tensor, block: Block) -> None:
     """Store fp32 results in low-precision weights: bf16 rounds stochastically, or small updates are lost for ever."""
-    stored = job.weight[entries]
+    stored = block.of(job.weight)
     if stored.dtype in _EXACT:
         return
-    flat = weight.reshape(-1)
     if stored.dtype == torch.bfloat16 and job.stochastic_rounding:
-        flat = linalg.stochastic_round(
-            flat, (*job.key, "round", job.step), job.layout.span(job.layout.rank)[0] + entries.start
-        )
-    stored.copy_(flat)
+        weight = linalg.stochastic_round(weight, (*job.key, "round", job.step), *job.layout.position(block))
+    stored.copy_(weight)

@@ -1,20 +1,26 @@
 """How ranks share a matrix. Pure geometry: no tensor is moved here, moves are asked for (`requests.py`).
 
-A matrix W (m x n) is a row-major string of m*n entries. Every sharding this package meets cuts that string:
-rank i of the group holds the entries ``[cuts[i], cuts[i + 1])``. Cuts may fall inside a row::
+Every engine we meet does one of two things to a matrix W (m x n):
+
+`Flat`   it cuts the row-major string of entries; cuts may fall inside a row (ZeRO-1/2/3, FSDP1)::
 
     rank 0 |0 0 0 0 0 0 0|      m = 4, n = 7, cuts = (0, 10, 21, 28)
            |0 0 0|1 1 1 1|      rank 0 touches rows 0-1, rank 1 rows 1-2, rank 2 row 3
     rank 1 |1 1 1 1 1 1 1|      row 1 is *cut*: sums over its columns need ranks 0 and 1
     rank 2 |2 2 2 2 2 2 2|
 
-Legend: m rows, n columns, l rows this rank touches, k holders (ranks with >= 1 entry), w any width.
+`Tiled`  it gives each rank a rectangle, in any order (FSDP2, tensor parallelism, both)::
+
+    |0 0 0|1 1 1|               rows over one mesh dimension, columns over another;
+    |2 2 2|3 3 3|               with one of them alone: blocks of rows, or of columns
+
+Legend: m rows, n columns, l rows this rank touches, w columns it touches, k holders (ranks with >= 1 entry).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -22,14 +28,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank_ds.axis import Axis, Span
 from lowrank_ds.requests import Exchange, Steps, Sum
 
 
 class Block(NamedTuple):
     """A rectangle of the matrix that is contiguous in a rank's entries.
 
-    rows: rows of the matrix, counted from the first row the rank touches
-    cols: columns of the matrix
+    rows, cols: counted from the first row and column the rank touches
     entries: where the rectangle lies in the rank's 1-D entries
     """
 
@@ -42,21 +48,104 @@ class Block(NamedTuple):
         return entries[self.entries].view(self.rows.stop - self.rows.start, self.cols.stop - self.cols.start)
 
 
-@dataclass(frozen=True)
 class Layout:
-    """Which row-major entries of an m x n matrix each rank of `group` holds.
+    """Which entries of an m x n matrix each rank of `group` holds.
+
+    Attributes:
+        shape: (m, n). rank: this process in `group`. group: the process group, None when the matrix is whole.
+        world: ranks in the group. numel: entries held here. shared: whether more than one rank takes part.
+        blocks: this rank's entries as rectangles. takers: how many ranks take part (keep even parts of things).
+        owned_rows, owned_cols: touched rows and columns, counted from the first, that are counted here.
+        rows_axis, cols_axis: how the ranks divide the matrix (`Axis`).
+    """
+
+    shape: tuple[int, int]
+    rank: int
+    group: Any
+    world: int
+    numel: int
+    shared: bool
+    blocks: tuple[Block, ...]
+    takers: int
+    owned_rows: slice
+    owned_cols: slice
+    rows_axis: Axis
+    cols_axis: Axis
+
+    def even(self, total: int) -> Axis:
+        """An axis of `total` that every rank that takes part needs whole and keeps an even part of."""
+        raise NotImplementedError
+
+    def count_of(self, rank: int) -> int:
+        """Entries that `rank` holds."""
+        raise NotImplementedError
+
+    def assemble(self, pieces: Mapping[int, Tensor]) -> Tensor:
+        """The matrix (m, n) from the entries of every rank that holds some."""
+        raise NotImplementedError
+
+    @cached_property
+    def rows(self) -> int:
+        """l, the rows this rank touches."""
+        return self.rows_axis.window.stop - self.rows_axis.window.start
+
+    @cached_property
+    def cols(self) -> int:
+        """w, the columns this rank touches."""
+        return self.cols_axis.window.stop - self.cols_axis.window.start
+
+    @cached_property
+    def dense(self) -> bool:
+        """Whether this rank's entries are all of the rows and columns it touches."""
+        return self.numel == self.rows * self.cols
+
+    def pad(self, entries: Tensor) -> Tensor:
+        """Entries (numel,) as (l, w) rows, zeros where another rank holds the entry. A view when `dense`."""
+        if self.dense:
+            return entries.view(self.rows, self.cols)
+        rows = entries.new_zeros(self.rows, self.cols)
+        for block in self.blocks:
+            rows[block.rows, block.cols] = block.of(entries)
+        return rows
+
+    def unpad(self, rows: Tensor) -> Tensor:
+        """The inverse of `pad`: this rank's entries (numel,) out of (l, w) rows."""
+        if self.dense:
+            return rows.reshape(-1)
+        return torch.cat([rows[block.rows, block.cols].reshape(-1) for block in self.blocks])
+
+    def position(self, block: Block) -> tuple[int, int]:
+        """(place of the block's first entry in the row-major matrix, entries between the starts of its rows)."""
+        n = self.shape[1]
+        first = (self.rows_axis.window.start + block.rows.start) * n + self.cols_axis.window.start + block.cols.start
+        return first, n
+
+    def send_to(self, owner: int, entries: Tensor) -> Steps:
+        """Bring the whole matrix to rank `owner`. Answers (m, n) there, None elsewhere."""
+        if not self.shared:
+            return entries.view(self.shape)
+        if self.rank != owner:
+            yield Exchange({owner: entries} if self.numel else {}, {})
+            return None
+        sizes = {j: self.count_of(j) for j in range(self.world) if j != owner and self.count_of(j)}
+        answer = dict((yield Exchange({}, sizes)))
+        return self.assemble(answer | ({owner: entries} if self.numel else {}))
+
+
+@dataclass(frozen=True, eq=False)
+class Flat(Layout):
+    """Cuts of the row-major entries: rank i holds entries [cuts[i], cuts[i + 1]).
 
     Args:
-        shape: (m, n).
-        cuts: world + 1 non-decreasing offsets; rank i holds entries [cuts[i], cuts[i + 1]). Known to every rank.
-        rank: this process's rank in `group`.
-        group: the process group, None when the matrix is whole.
+        cuts: world + 1 non-decreasing offsets, known to every rank.
+
+    Only the ranks that hold entries take part; a rank that holds none keeps nothing.
     """
 
     shape: tuple[int, int]
     cuts: tuple[int, ...]
     rank: int = 0
-    group: Any = field(default=None, compare=False)
+    group: Any = None
 
     def __post_init__(self) -> None:
         m, n = self.shape
@@ -64,41 +153,41 @@ class Layout:
             raise ValueError(f"cuts {self.cuts} do not partition the {m * n} entries of a {m}x{n} matrix")
 
     @classmethod
-    def whole(cls, shape: tuple[int, int]) -> Layout:
+    def whole(cls, shape: tuple[int, int]) -> Flat:
         """The layout of a matrix that one process holds completely."""
         return cls(shape, (0, shape[0] * shape[1]))
 
-    # -- ranges ---------------------------------------------------------------------------------------------------
-    def span(self, rank: int) -> tuple[int, int]:
+    def span(self, rank: int) -> Span:
         """The entries [start, stop) that `rank` holds."""
         return self.cuts[rank], self.cuts[rank + 1]
 
-    def touched(self, rank: int) -> range:
-        """The rows of which `rank` holds at least one entry."""
-        start, stop = self.span(rank)
-        n = self.shape[1]
-        return range(start // n, -(-stop // n)) if stop > start else range(0)
+    def count_of(self, rank: int) -> int:
+        """Entries that `rank` holds."""
+        return self.cuts[rank + 1] - self.cuts[rank]
+
+    def assemble(self, pieces: Mapping[int, Tensor]) -> Tensor:
+        """The matrix (m, n) from the entries of every rank that holds some."""
+        return torch.cat([pieces[j] for j in sorted(pieces)]).view(self.shape)
+
+    @cached_property
+    def world(self) -> int:
+        """Ranks in the group."""
+        return len(self.cuts) - 1
 
     @cached_property
     def numel(self) -> int:
-        """Entries this rank holds."""
-        return self.cuts[self.rank + 1] - self.cuts[self.rank]
-
-    @cached_property
-    def rows(self) -> int:
-        """l, the number of rows this rank touches."""
-        return len(self.touched(self.rank))
-
-    @cached_property
-    def owned_rows(self) -> slice:
-        """The touched rows whose first entry is held here: each row of the matrix is owned by exactly one rank."""
-        start, stop = self.span(self.rank)
-        return slice(1 if stop > start and start % self.shape[1] else 0, self.rows)
+        """Entries held here."""
+        return self.count_of(self.rank)
 
     @cached_property
     def holders(self) -> tuple[int, ...]:
         """Ranks that hold at least one entry, in order."""
         return tuple(i for i, (a, b) in enumerate(itertools.pairwise(self.cuts)) if b > a)
+
+    @cached_property
+    def takers(self) -> int:
+        """Ranks that take part: the holders."""
+        return len(self.holders)
 
     @cached_property
     def shared(self) -> bool:
@@ -109,6 +198,39 @@ class Layout:
     def cut_inside_row(self) -> bool:
         """Whether some row is split between ranks. The same answer on every rank."""
         return any(cut % self.shape[1] for cut in self.cuts)
+
+    @cached_property
+    def owned_rows(self) -> slice:
+        """The touched rows whose first entry is held here: each row of the matrix is owned by exactly one rank."""
+        return self.rows_axis.owned
+
+    @cached_property
+    def owned_cols(self) -> slice:
+        """Every toucher touches all columns; the first holder counts them."""
+        return slice(0, self.shape[1] if self.holders and self.rank == self.holders[0] else 0)
+
+    @cached_property
+    def rows_axis(self) -> Axis:
+        """Settled: a rank keeps the rows it touches; a cut row is kept by each rank with a piece of it."""
+        n = self.shape[1]
+        spans = itertools.pairwise(self.cuts)
+        touched = tuple((a // n, -(-b // n)) if b > a else (0, 0) for a, b in spans)
+        start, stop = self.span(self.rank)
+        owned = slice(1 if stop > start and start % n else 0, touched[self.rank][1] - touched[self.rank][0])
+        return Axis(self.shape[0], touched, touched, self.rank, owned, "rows")
+
+    @cached_property
+    def cols_axis(self) -> Axis:
+        """Every holder needs all columns and keeps an even part."""
+        return self.even(self.shape[1])
+
+    def even(self, total: int) -> Axis:
+        """An axis of `total` that every holder needs whole and keeps an even part of."""
+        k, kept = len(self.holders), [(0, 0)] * self.world
+        for i, rank in enumerate(self.holders):
+            kept[rank] = total * i // k, total * (i + 1) // k
+        touched = tuple((0, total) if self.count_of(j) else (0, 0) for j in range(self.world))
+        return _even_axis(total, touched, tuple(kept), self.rank)
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -127,129 +249,172 @@ class Layout:
             position = end
         return tuple(blocks)
 
-    def chunk(self, total: int, rank: int | None = None) -> slice:
-        """The part of `total` rows (of a basis, of coordinates) that `rank` stores: equal parts among holders."""
-        i, k = self._places.get(self.rank if rank is None else rank), len(self.holders)
-        return slice(0, 0) if i is None else slice(total * i // k, total * (i + 1) // k)
+
+def torch_chunks(total: int, world: int) -> tuple[Span, ...]:
+    """torch.chunk's intervals: ceil(total / world) each, the last ones smaller or empty (DTensor's Shard)."""
+    size = -(-total // world)
+    return tuple((min(i * size, total), min((i + 1) * size, total)) for i in range(world))
+
+
+@dataclass(frozen=True, eq=False)
+class Tiled(Layout):
+    """A rectangle for each rank.
+
+    Args:
+        tiles: (rows, columns) that each rank touches; an empty rectangle still names the other axis' interval.
+        deal: total -> the even parts of an axis that the ranks keep (the engine's rule, for resharding).
+
+    Every rank of the group takes part, also with an empty rectangle.
+    """
+
+    shape: tuple[int, int]
+    tiles: tuple[tuple[Span, Span], ...]
+    rank: int = 0
+    group: Any = None
+    deal: Callable[[int], tuple[Span, ...]] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        m, n = self.shape
+        covered = sum((a[1] - a[0]) * (b[1] - b[0]) for a, b in self.tiles)
+        if covered != m * n or any(_overlap({tile[i] for tile in self.tiles}) for i in (0, 1)):
+            raise ValueError(f"tiles {self.tiles} do not partition a {m}x{n} matrix")
+
+    def count_of(self, rank: int) -> int:
+        """Entries that `rank` holds."""
+        rows, cols = self.tiles[rank]
+        return (rows[1] - rows[0]) * (cols[1] - cols[0])
+
+    def assemble(self, pieces: Mapping[int, Tensor]) -> Tensor:
+        """The matrix (m, n) from the entries of every rank that holds some."""
+        matrix = next(iter(pieces.values())).new_empty(self.shape)
+        for j, entries in pieces.items():
+            (top, bottom), (left, right) = self.tiles[j]
+            matrix[top:bottom, left:right] = entries.view(bottom - top, right - left)
+        return matrix
 
     @cached_property
-    def _places(self) -> dict[int, int]:
-        """{holder: its place among the holders}."""
-        return {rank: i for i, rank in enumerate(self.holders)}
+    def world(self) -> int:
+        """Ranks in the group."""
+        return len(self.tiles)
 
     @cached_property
-    def held_by_all(self) -> bool:
-        """Whether every rank of the group holds entries (FSDP, ZeRO-3)."""
-        return len(self.holders) == len(self.cuts) - 1
+    def takers(self) -> int:
+        """Ranks that take part: all."""
+        return self.world
 
-    # -- dense rows -----------------------------------------------------------------------------------------------
-    def pad(self, entries: Tensor) -> Tensor:
-        """Entries (numel,) as (l, n) rows, zeros where another rank holds the entry. A view when no row is cut."""
-        if not self.blocks or (len(self.blocks) == 1 and self.numel == self.rows * self.shape[1]):
-            return entries.view(self.rows, self.shape[1])
-        rows = entries.new_zeros(self.rows, self.shape[1])
-        for block in self.blocks:
-            rows[block.rows, block.cols] = block.of(entries)
-        return rows
-
-    def unpad(self, rows: Tensor) -> Tensor:
-        """The inverse of `pad`: this rank's entries (numel,) out of (l, n) rows."""
-        if not self.blocks or (len(self.blocks) == 1 and self.numel == rows.numel()):
-            return rows.reshape(-1)
-        return torch.cat([rows[block.rows, block.cols].reshape(-1) for block in self.blocks])
-
-    # -- sums over the ranks that share a row, or all rows ----------------------------------------------------------
     @cached_property
-    def cut_rows(self) -> dict[int, int]:
-        """{other rank: the local index of the one row that it and this rank both touch}."""
-        mine = self.touched(self.rank)
-        return {
-            j: row - mine.start
-            for j in self.holders
-            if j != self.rank and mine
-            for row in range(max(mine.start, self.touched(j).start), min(mine.stop, self.touched(j).stop))
-        }
+    def shared(self) -> bool:
+        """Whether there are several ranks."""
+        return self.world > 1
 
-    def complete_rows(self, partial: Tensor) -> Steps:
-        """Sum per-row quantities (l, w) over the ranks that hold pieces of a row. Answers (l, w).
+    @cached_property
+    def numel(self) -> int:
+        """Entries held here."""
+        return self.count_of(self.rank)
 
-        Contributions are added in rank order, so all holders of a row get bit-identical values.
-        """
-        if not self.cut_inside_row:
-            return partial
-        width = partial.shape[1]
-        answer = yield Exchange({j: partial[i] for j, i in self.cut_rows.items()}, dict.fromkeys(self.cut_rows, width))
-        pieces: dict[int, dict[int, Tensor]] = {}
-        for j, i in self.cut_rows.items():
-            pieces.setdefault(i, {self.rank: partial[i].clone()})[j] = answer[j]
-        for i, by_rank in pieces.items():
-            partial[i] = sum(by_rank[j] for j in sorted(by_rank))
-        return partial
+    @cached_property
+    def owned_rows(self) -> slice:
+        """A row is counted by the rank with its first column."""
+        return slice(0, self.rows if self.cols_axis.window.start == 0 and self.numel else 0)
 
-    def reduce_chunks(self, partial: Tensor) -> Steps:
-        """Sum (total, w) over the holders; each keeps its `chunk`. Answers (chunk, w)."""
-        if not self.shared:
-            return partial
-        (total, width), mine = partial.shape, self.chunk(partial.shape[0])
-        others = [j for j in self.holders if j != self.rank]
-        holds = self.numel > 0
-        sends = {j: partial[self.chunk(total, j)].reshape(-1) for j in others} if holds else {}
-        size = (mine.stop - mine.start) * width
-        answer = yield Exchange(sends, dict.fromkeys(others, size) if holds else {})
-        if not holds:
-            return partial[mine]
-        answer[self.rank] = partial[mine].reshape(-1)
-        return sum(answer[j] for j in self.holders).view(-1, width)
+    @cached_property
+    def owned_cols(self) -> slice:
+        """A column is counted by the rank with its first row."""
+        return slice(0, self.cols if self.rows_axis.window.start == 0 and self.numel else 0)
 
-    def send_to(self, owner: int, entries: Tensor) -> Steps:
-        """Bring the whole matrix to rank `owner`. Answers (m, n) there, None elsewhere."""
-        if not self.shared:
-            return entries.view(self.shape)
-        receives = {j: self.cuts[j + 1] - self.cuts[j] for j in self.holders if j != owner}
-        sends = {owner: entries} if self.rank != owner and self.numel else {}
-        answer = yield Exchange(sends, receives if self.rank == owner else {})
-        if self.rank != owner:
-            return None
-        answer[owner] = entries
-        return torch.cat([answer[j] for j in self.holders]).view(self.shape)
+    @cached_property
+    def rows_axis(self) -> Axis:
+        """Settled unless columns are divided too: then a row's sum is kept by one of the ranks that touch it."""
+        return self._axis(0, "rows")
 
-    def deal_rows(self, owner: int, full: Tensor | None, rows: Mapping[int, slice], width: int, like: Tensor) -> Steps:
-        """Rank `owner` deals `full[rows[j]]` to each rank j in `rows`. Answers this rank's (len, width) rows."""
-        mine = rows.get(self.rank, slice(0, 0))
-        if not self.shared:
-            return full[mine].clone()
-        sends = {j: full[s].reshape(-1) for j, s in rows.items() if j != owner} if self.rank == owner else {}
-        size = (mine.stop - mine.start) * width
-        answer = yield Exchange(sends, {owner: size} if self.rank != owner and self.rank in rows else {})
-        if self.rank == owner:
-            return full[mine].clone()
-        return answer[owner].view(-1, width) if owner in answer else like.new_zeros(0, width)
+    @cached_property
+    def cols_axis(self) -> Axis:
+        """Settled when only columns are divided; otherwise every rank keeps an even part."""
+        return self._axis(1, "columns")
+
+    def _axis(self, which: int, kind: str) -> Axis:
+        touched = tuple(tile[which] for tile in self.tiles)
+        other = self.shape[1 - which]
+        if all(b - a == other for a, b in (tile[1 - which] for tile in self.tiles)):
+            start, stop = touched[self.rank]
+            return Axis(self.shape[which], touched, touched, self.rank, slice(0, stop - start), kind)
+        return _even_axis(self.shape[which], touched, self._deal(self.shape[which]), self.rank, kind)
+
+    def even(self, total: int) -> Axis:
+        """An axis of `total` that every rank needs whole and keeps an even part of."""
+        return _even_axis(total, ((0, total),) * self.world, self._deal(total), self.rank)
+
+    def _deal(self, total: int) -> tuple[Span, ...]:
+        return self.deal(total) if self.deal else torch_chunks(total, self.world)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The rectangle, if it is not empty."""
+        return (Block(slice(0, self.rows), slice(0, self.cols), slice(0, self.numel)),) if self.numel else ()
+
+
+def _even_axis(total: int, touched: tuple[Span, ...], kept: tuple[Span, ...], rank: int, along: str = "whole") -> Axis:
+    return Axis(total, touched, kept, rank, slice(0, kept[rank][1] - kept[rank][0]), "even", along)
+
+
+def _overlap(spans: set[Span]) -> bool:
+    """Whether two different intervals share a line."""
+    filled = sorted(span for span in spans if span[1] > span[0])
+    return any(b[0] < a[1] for a, b in itertools.pairwise(filled))
 
 
 @dataclass(frozen=True)
 class Lines:
     """What a rule may know of the (lines x width) array it works on: which lines count, and how to total them.
 
-    complete lines (`partial=False`): every line held here is whole, some are held by two ranks (cut rows);
-    partial lines (`partial=True`): dense rows of this rank's entries, zeros elsewhere.
+    axis: of the lines. layout: of the matrix. partial: False for lines that are complete (coordinates); True for the
+    dense rows of this rank's entries, zeros where others hold the entry.
     """
 
+    axis: Axis
     layout: Layout
-    owned: slice
-    total: int
     partial: bool = False
 
+    @property
+    def total(self) -> int:
+        """Lines over all ranks."""
+        return self.axis.total
+
     def complete(self, per_line: Tensor) -> Steps:
-        """A per-line quantity (lines,) that was summed over the entries held here, summed over all entries."""
+        """A per-line quantity (touched,) that was summed over the entries held here, summed over all: (kept,)."""
         if not self.partial:
             return per_line
-        return (yield from self.layout.complete_rows(per_line.unsqueeze(1))).squeeze(1)
+        return (yield from self.axis.complete(per_line.unsqueeze(1))).squeeze(1)
+
+    def spread(self, per_line: Tensor) -> Steps:
+        """A per-line quantity (kept,) for each line of the array."""
+        if not self.partial:
+            return per_line
+        return (yield from self.axis.spread(per_line))
+
+    def columns(self, width: int) -> Axis:
+        """The axis of what is kept per column of the array (`width` of them, or the matrix' columns)."""
+        return self.layout.even(self.layout.shape[1] if self.partial else width)
+
+    def sum_columns(self, array: Tensor, width: int) -> Sum:
+        """Ask for the sum (width,) of the array's columns over all lines of all ranks."""
+        if not self.partial:
+            return Sum(array[self.axis.owned].sum(0))
+        if array.shape[1] == width:
+            return Sum(array.sum(0))
+        total = array.new_zeros(width)
+        total[self.layout.cols_axis.window] = array.sum(0)
+        return Sum(total)
+
+    def columns_here(self, per_column: Tensor) -> Tensor:
+        """The part of a per-column quantity (width,) that the array covers."""
+        return per_column[self.layout.cols_axis.window] if self.partial else per_column
 
     def square_sum(self, array: Tensor) -> Steps:
         """The sum of squares over the whole (total x width) array, a 0-d tensor."""
-        mine = array if self.partial else array[self.owned]
+        mine = array if self.partial else array[self.axis.owned]
         return (yield Sum(mine.square().sum()))
 
     def sum_over_lines(self, per_line: Tensor) -> Steps:
         """Sum a complete per-line quantity (lines, ...) over all lines, each counted once."""
-        return (yield Sum(per_line[self.owned].sum(0)))
+        return (yield Sum(per_line[self.axis.owned].sum(0)))

@@ -78,17 +78,24 @@ def gaussian(
     return normal.view(rows.stop - rows.start, 2 * pairs)[:, :rank] / math.sqrt(rank)
 
 
-def stochastic_round(x: Tensor, key: tuple, first: int) -> Tensor:
-    """fp32 x (any shape) to bf16, rounding up with probability equal to the distance: E[result] = x.
+def stochastic_round(x: Tensor, key: tuple, first: int, stride: int | None = None) -> Tensor:
+    """fp32 x to bf16, rounding up with probability equal to the distance: E[result] = x.
 
-    Entry i of the flattened x uses the noise of position first + i, so the result does not depend on sharding.
+    The noise belongs to a place: entry i of a 1-D x is at first + i, entry (i, j) of a 2-D x at first + i * stride + j.
+    So the result does not depend on sharding.
     """
-    flat, out = x.reshape(-1), torch.empty(x.numel(), dtype=torch.bfloat16, device=x.device)
-    step = _CHUNK if x.device.type == "cpu" else max(1, flat.numel())
-    for start in range(0, flat.numel(), step):
-        part = flat[start : start + step]
-        noise = _noise16(key, first + start, part.numel(), x.device)
-        rounded = (part.contiguous().view(torch.int32) + noise) & -0x10000
+    width = x.shape[-1]
+    flat = stride in (None, width) or x.shape[0] <= 1
+    lines = x.reshape(-1, 1) if flat else x
+    out = torch.empty(lines.shape, dtype=torch.bfloat16, device=x.device)
+    step = max(1, _CHUNK // max(1, lines.shape[1])) if x.device.type == "cpu" else max(1, lines.shape[0])
+    for start in range(0, lines.shape[0], step):
+        part = lines[start : start + step].contiguous()
+        if flat:
+            noise = _noise16(key, first + start, part.shape[0], x.device).view(-1, 1)
+        else:
+            noise = _noise16_tile(key, first + start * stride, part.shape, stride, x.device)
+        rounded = (part.view(torch.int32) + noise) & -0x10000
         out[start : start + step] = torch.where(part.isfinite(), rounded.view(torch.float32), part).to(torch.bfloat16)
     return out.view(x.shape)
 
@@ -99,6 +106,14 @@ def _noise16(key: tuple, first: int, count: int, device: torch.device) -> Tensor
     bits = _bits(key, pairs)
     both = torch.stack([bits & 0xFFFF, bits >> 16], 1).view(-1)
     return both[first % 2 : first % 2 + count].to(torch.int32)
+
+
+def _noise16_tile(key: tuple, first: int, shape: torch.Size, stride: int, device: torch.device) -> Tensor:
+    """The noise of the positions first + i * stride + j of a rectangle of `shape`."""
+    rows, columns = (torch.arange(size, device=device, dtype=torch.int64) for size in shape)
+    index = first + rows.unsqueeze(1) * stride + columns
+    bits = _bits(key, index >> 1)
+    return torch.where(index & 1 == 1, bits >> 16, bits & 0xFFFF).to(torch.int32)
 
 
 # --- orthonormal factors -----------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_ds import engines
+
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
@@ -25,5 +27,6 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
     Works for any torch optimizer; for a DeepSpeed engine pass `engine.basic_optimizer`.
     """
-    storages = {s.data_ptr(): s.nbytes() for t in _tensors(dict(optimizer.state)) for s in [t.untyped_storage()]}
+    parts = (engines.local(t) for t in _tensors(dict(optimizer.state)))
+    storages = {s._cdata: s.nbytes() for t in parts for s in [t.untyped_storage()]}
     return sum(storages.values())

@@ -16,7 +16,7 @@ from lowrank_ds.groups import NamedGroups, logger
 from lowrank_ds.job import Job
 from lowrank_ds.linalg import LARGEST_GRADIENT
 from lowrank_ds.recipe import Recipe
-from lowrank_ds.slots import COUNTERS, Slot, adopt_state, cut, deal, due, offset
+from lowrank_ds.slots import COUNTERS, Slot, bind, deal, due, offset
 
 _BUCKET = 1 << 27  # matrix entries whose shared work is alive at once
 
@@ -28,7 +28,8 @@ class LowRankOptimizer(NamedGroups):
         """Nothing is bound yet: no slots, no copies, no warnings given."""
         super()._forget(projected)
         self._slots: dict[Tensor, list[Slot]] = {}
-        self._copies: dict[Tensor, Tensor] = {}
+        self._bound: dict[Tensor, dict[str, Tensor]] = {}  # the state tensors the slots work on
+        self._copies: list[tuple[Tensor, Tensor]] = []
         self._warned: set[str] = set()
 
     # -- where tensors live, and their state --------------------------------------------------------------------------
@@ -40,20 +41,22 @@ class LowRankOptimizer(NamedGroups):
 
     def _bind(self, group: dict[str, Any], host: Tensor) -> list[Slot]:
         """The slots of one tensor, made when it is first met and again when its state was replaced."""
-        slots = self._slots.get(host)
-        if slots is not None and all(slot.is_current(self.state[host]) for slot in slots):
-            return slots
+        store = self.state[host]
+        if host in self._slots and _same(self._bound[host], store):
+            return self._slots[host]
         members = [(name, self._originals[name]()) for name in group["param_names"]]
-        placements = engines.locate(host, group["params"], members)
+        placements = engines.locate(host, group["params"], members, self._shapes)
         for at in placements:
             if at.name in self._projected:
                 selection.check_rank(at.name, at.shape, group["rank"], group["matricize"])
-        slots = [s for at in placements for s in cut(host, at, at.name in self._projected, group["matricize"])]
-        for slot in slots:
-            single = len(slots) == 1 and slot.layout.numel == host.numel()
-            adopt_state(slot, self.recipe(group), self.state[host], single)
-        self._slots[host] = slots
-        return slots
+        recipe, alone = self.recipe(group), len(placements) == 1
+        self._slots[host] = [
+            slot
+            for at in placements
+            for slot in bind(host, at, recipe, at.name in self._projected, group["matricize"], alone, store)
+        ]
+        self._bound[host] = dict(store)
+        return self._slots[host]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch.optim does, but keep the dtype of every state tensor (torch would cast to the parameter's).
@@ -87,7 +90,7 @@ class LowRankOptimizer(NamedGroups):
                     f"{where}: {name} is {theirs[name]!r}, but this optimizer was built with {ours[name]!r}. The state "
                     "only fits the former; build the optimizer with it."
                 )
-        kept = {k: v for k, v in theirs.items() if k != "param_names"}
+        kept = {k: v for k, v in theirs.items() if k not in ("param_names", "projector_storage")}
         return {**{k: v for k, v in ours.items() if k != "params"}, **kept}
 
     # -- the step -----------------------------------------------------------------------------------------------
@@ -117,8 +120,9 @@ class LowRankOptimizer(NamedGroups):
         for device in _devices(job.weight for _, job in jobs):
             tasks = [(s, job) for s, job in jobs if job.weight.device == device]
             run_all([(job.layout, pipeline.update(job, slot.projected)) for slot, job in tasks], device, _BUCKET)
-        for host in list(self._copies):
-            host.copy_(self._copies.pop(host))
+        while self._copies:
+            weight, copy = self._copies.pop()
+            weight.copy_(copy)
         return loss
 
     def _work(self, group: dict[str, Any], host: Tensor) -> list[tuple[Slot, Tensor, Tensor]]:
@@ -127,7 +131,7 @@ class LowRankOptimizer(NamedGroups):
             raise ValueError(f"{type(self).__name__}: the learning rate is {group['lr']}; check the scheduler.")
         slots = self._bind(group, host)
         if host.grad is None:
-            if any(slot.layout.shared for slot in slots):
+            if not engines.is_dtensor(host) and any(slot.layout.shared for slot in slots):
                 raise RuntimeError(
                     f"the partition that holds {slots[0].name} has no gradient: call engine.backward(loss) and "
                     "engine.step() (not loss.backward() and optimizer.step())."
@@ -135,14 +139,14 @@ class LowRankOptimizer(NamedGroups):
             return []
         if host.grad.is_sparse:
             raise RuntimeError(f"{slots[0].name} has a sparse gradient; use nn.Embedding(sparse=False).")
-        weight = host.detach() if host.is_contiguous() else self._staged(host)
-        grad = host.grad.detach().contiguous().view(-1)
+        weight, grad = engines.local(host.detach()), engines.local_grad(host).detach().contiguous().view(-1)
+        weight = weight if weight.is_contiguous() else self._staged(weight)
         return [(slot, slot.entries(grad), slot.entries(weight.view(-1))) for slot in slots]
 
-    def _staged(self, host: Tensor) -> Tensor:
+    def _staged(self, weight: Tensor) -> Tensor:
         """A contiguous copy of a weight with other strides (channels_last), written back after the step."""
-        self._copies[host] = host.detach().contiguous()
-        return self._copies[host]
+        self._copies.append((weight, weight.contiguous()))
+        return self._copies[-1][1]
 
     def _jobs(self, work: list) -> list[tuple[Slot, Job]]:
         """Decide for each matrix, equally on all ranks, whether it steps and refreshes."""
@@ -209,6 +213,11 @@ class LowRankOptimizer(NamedGroups):
         if key not in self._warned:
             self._warned.add(key)
             logger.warning("%s: %s", type(self).__name__, message)
+
+
+def _same(bound: Mapping[str, Tensor], store: Mapping[str, Tensor]) -> bool:
+    """Whether `store` holds the very tensors in `bound`."""
+    return bound.keys() == store.keys() and all(store[key] is tensor for key, tensor in bound.items())
 
 
 def _devices(tensors: Iterable[Tensor]) -> list[torch.device]:

@@ -90,6 +90,10 @@ CHECKS: dict[str, Check] = {
     "matricize": _choice("auto", "flatten", "stack"),
     "oversample": ((lambda v: _integer(v, 0)), "a whole number >= 0"),
     "stagger": _BOOLEAN,
+    "projector_storage": (
+        (lambda v: v in (None, "sharded", "replicated", "seed")),
+        "null (sharded, or seed for gaussian bases), 'sharded', 'replicated' or 'seed'",
+    ),
     "seed": ((lambda v: _integer(v, 0)), "a whole number >= 0"),
     "stochastic_rounding": _BOOLEAN,
 }
@@ -99,6 +103,7 @@ COMMON: dict[str, Any] = {
     "on_refresh": "keep",
     "oversample": 16,
     "stagger": False,
+    "projector_storage": None,
     "target_modules": None,
     "exclude": None,
     "matricize": "auto",

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from lowrank_ds import linalg
+from lowrank_ds.axis import ENTRIES, SCALAR, Stored
 from lowrank_ds.job import Job, where_live, write, write_entries
 from lowrank_ds.layout import Layout, Lines
-from lowrank_ds.projection import choose
+from lowrank_ds.projection import Left, Right, TwoSided, choose
 from lowrank_ds.recipe import Recipe
 from lowrank_ds.requests import Gather, Steps, Sum, ask, together
 from lowrank_ds.rules import Adafactor, Adam
@@ -35,41 +36,40 @@ def update(job: Job, projected: bool) -> Steps:
 
 
 # --- state -----------------------------------------------------------------------------------------------------------
-def state_shapes(layout: Layout, recipe: Recipe, projected: bool, plain_shape: tuple[int, ...]) -> dict[str, tuple]:
-    """{state name: shape} of the fp32 tensors this rank keeps for one matrix."""
-    return _rule_shapes(layout, recipe, projected, plain_shape) | {"skipped": ()}
+def state_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, Stored]:
+    """{state name: shape} of the fp32 tensors kept for one matrix."""
+    return _rule_shapes(layout, recipe, projected) | {"skipped": SCALAR}
 
 
-def _rule_shapes(layout: Layout, recipe: Recipe, projected: bool, plain_shape: tuple[int, ...]) -> dict[str, tuple]:
+def _rule_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, Stored]:
     rule = recipe.rule
-    if not projected and isinstance(rule, Adam):
-        return dict.fromkeys(rule.state_shapes(1, 1, 1), plain_shape)
     if not projected:
-        return _full_adafactor_shapes(layout, rule, plain_shape)
-    side = choose(recipe.subspace.proj_type, layout, recipe.subspace.rank)
-    rank = side.rank
+        return _full_shapes(layout, rule)
+    side = side_of(layout, recipe)
+    coords = Stored(side.lines_axis, (side.rank,))
     if recipe.momentum:
-        full = _full_adafactor_shapes(layout, dataclasses.replace(rule, beta1=None), (layout.numel,))
-        return full | {"exp_avg": (side.line_count, rank)}
-    chunk = layout.chunk(rank)
-    arguments = (side.line_count, rank, chunk.stop - chunk.start)
-    extra = () if isinstance(rule, Adam) else (rule.is_factored(side.lines.total, rank),)
-    basis = {} if recipe.subspace.method == "gaussian" else side.basis_shapes()
-    return rule.state_shapes(*arguments, *extra) | recipe.residual.state_shapes() | basis
+        return _full_shapes(layout, dataclasses.replace(rule, beta1=None)) | {"exp_avg": coords}
+    basis = {} if recipe.subspace.method == "gaussian" else side.basis_axes()
+    shapes = rule.state_shapes(coords, side.lines_axis, layout.even(side.rank)) | recipe.residual.state_shapes()
+    return shapes | {name: Stored(axis, (side.rank,)) for name, axis in basis.items()}
 
 
-def _full_adafactor_shapes(layout: Layout, rule: Adafactor, plain_shape: tuple[int, ...]) -> dict[str, tuple]:
-    factored = rule.is_factored(*layout.shape)
-    chunk = layout.chunk(layout.shape[1])
-    shapes = rule.state_shapes(layout.rows, layout.shape[1], chunk.stop - chunk.start, factored)
-    return {name: plain_shape if name in ("exp_avg", "exp_avg_sq") else shape for name, shape in shapes.items()}
+def _full_shapes(layout: Layout, rule: Adam | Adafactor) -> dict[str, Stored]:
+    """State of a rule that works on the parameter itself."""
+    return rule.state_shapes(ENTRIES, layout.rows_axis, layout.even(layout.shape[1]))
+
+
+def side_of(layout: Layout, recipe: Recipe) -> Right | Left | TwoSided:
+    """The projection of a matrix."""
+    how = recipe.subspace
+    return choose(how.proj_type, layout, how.rank, how.replicated)
 
 
 # --- GaLore, Fira, APOLLO --------------------------------------------------------------------------------------------
 def projected_gradient(job: Job) -> Steps:
     """The gradient is projected, the rule works on the coordinates, the residual decides what joins the update."""
     recipe, state = job.recipe, job.state
-    side = choose(recipe.subspace.proj_type, job.layout, recipe.subspace.rank)
+    side = side_of(job.layout, recipe)
     if job.refresh and recipe.subspace.method != "gaussian":
         yield from _refresh(job, side)
     elif job.refresh and recipe.subspace.on_refresh == "reset":
@@ -77,7 +77,7 @@ def projected_gradient(job: Job) -> Steps:
     basis, live = yield from _basis(job, side)
     coords, squares = yield from side.down(job.grad, basis, recipe.residual.needs_squares)
     coords = where_live(live, coords)
-    if job.refresh and len(side.wants) == 2:
+    if job.refresh and len(side.bases) == 2:
         coords = yield from _without_noise(coords, side.lines)
     squares = None if squares is None else where_live(live, squares)
     direction, correction, scale = yield from _direction(job, coords, side.lines, live)
@@ -89,21 +89,27 @@ def projected_gradient(job: Job) -> Steps:
 
 def _refresh(job: Job, side) -> Steps:
     """Replace the stored basis by one of the current gradient; carry, keep or reset the moments."""
-    how, state, old = job.recipe.subspace, job.state, {}
-    if job.refresh_count and (how.method == "power" or how.on_refresh == "rotate"):
-        gathered = side.gathered(state, (yield side.requests(state)))
-        old = {name: basis.clone() for name, basis in gathered.items()}  # on one process these are the state itself
-    grad, key = Sharded(job.layout, job.grad), (*job.key, job.refresh_count)
-    left, right = yield from factorize(how, grad, side.wants, key, old if how.method == "power" else {}, job.owner)
-    if left is not None:
-        state["projector_left" if right is not None else "projector"].copy_(left)
-    if right is not None:
-        state["projector"].copy_(right)
+    how, state, warm = job.recipe.subspace, job.state, None
+    rotate = how.on_refresh == "rotate" and job.refresh_count
+    if how.method == "power" and job.refresh_count:
+        answers = yield side.whole_requests(state)
+        warm = answers[0] if answers else state["projector"]
+    old = {k: v.clone() for k, v in (yield from _gathered(side, state)).items()} if rotate else {}
+    axes = {which: side.basis_axes()[name] for which, name in side.bases.items()}
+    key = (*job.key, job.refresh_count)
+    bases = yield from factorize(how, Sharded(job.layout, job.grad), axes, key, warm, job.owner)
+    for which, basis in bases.items():
+        state[side.bases[which]].copy_(basis)
     if how.on_refresh == "reset":
         _reset(job)
-    elif how.on_refresh == "rotate" and job.refresh_count:
-        new = side.gathered(state, (yield side.requests(state)))
+    elif rotate:
+        new = yield from _gathered(side, state)
         state["exp_avg"].copy_(state["exp_avg"] @ (yield from side.overlap(old, new)))
+
+
+def _gathered(side, state) -> Steps:
+    """The stored basis as the projection needs it."""
+    return side.gathered(state, (yield side.requests(state)))
 
 
 def _without_noise(coords: Tensor, lines: Lines) -> Steps:
@@ -136,8 +142,8 @@ def _basis(job: Job, side) -> Steps:
 
 def _ask_peaks(job: Job) -> Gather:
     """Each holder's largest gradient magnitude."""
-    mine = linalg.peak(job.grad).view(1)[: 1 if job.layout.numel else 0]
-    return Gather(mine, len(job.layout.holders))
+    axis = job.layout.even(job.layout.takers)  # one line each
+    return Gather(linalg.peak(job.grad).view(1)[: axis.count], axis)
 
 
 def survey(grad: Tensor, skipped: Tensor) -> Steps:
@@ -185,8 +191,7 @@ def _parameter_scale(job: Job) -> Steps:
 def compressed_momentum(job: Job) -> Steps:
     """The rule works on the whole gradient; its momentum is kept in a random subspace and moved when that changes."""
     state, beta1 = job.state, job.recipe.momentum.beta1
-    how = job.recipe.subspace
-    side = choose(how.proj_type, job.layout, how.rank)
+    side = side_of(job.layout, job.recipe)
     update, live = yield from _preconditioned(job)
     basis = side.random((*job.key, max(job.refresh_count - 1, 0)), job.grad.device)
     (coords, _), gram = yield from together(side.down(update, basis, False), side.overlap(basis, basis))
@@ -199,7 +204,7 @@ def compressed_momentum(job: Job) -> Steps:
     state["exp_avg"].lerp_(coords, live * (1 - beta1))
     numel = job.layout.shape[0] * job.layout.shape[1]
     size = live * scale / ((square / numel).sqrt() / job.recipe.rule.clip_threshold).clamp_min(1.0)
-    factor = ((1 - beta1) * size).expand(side.line_count)
+    factor = ((1 - beta1) * size).expand(side.lines_axis.count)
     factor, direction = yield from side.spread(factor, beta1 * size * old)
     write(job, side, basis, update, factor, direction, job.lr, scale, live)
 
@@ -210,16 +215,16 @@ def _preconditioned(job: Job) -> Steps:
     live = _live(job, (yield _ask_peaks(job)))
     grad = where_live(live, job.grad.float())
     if not rule.is_factored(*layout.shape):
-        lines = Lines(layout, slice(0, 1), 1, partial=True)
+        lines = Lines(layout.rows_axis, layout, partial=True)
         return (yield from rule.precondition(grad.view(1, -1), job.state, lines, live, job.step)).view(-1), live
-    lines = Lines(layout, layout.owned_rows, layout.shape[0], partial=True)
+    lines = Lines(layout.rows_axis, layout, partial=True)
     dense = yield from rule.precondition(layout.pad(grad), job.state, lines, live, job.step)
     return layout.unpad(dense), live
 
 
 def _mixed_square(side, update: Tensor, coords: Tensor, momentum: Tensor, gram: Tensor, beta1: float) -> Steps:
     """|(1 - b1) U + b1 M B^T|^2 without forming M B^T: <U, M B^T> = <U B, M>, |M B^T|^2 = <M (B^T B), M>."""
-    inner = torch.stack([(coords * momentum).sum(1), ((momentum @ gram) * momentum).sum(1)], 1)[side.lines.owned]
+    inner = torch.stack([(coords * momentum).sum(1), ((momentum @ gram) * momentum).sum(1)], 1)[side.lines_axis.owned]
     own, mixed, past = yield Sum(torch.stack([update.square().sum(), *inner.sum(0)]))
     return ((1 - beta1) ** 2 * own + 2 * beta1 * (1 - beta1) * mixed + beta1**2 * past).clamp_min(0)
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lowrank_ds.axis import Axis
 
 Steps = Generator[Any, Any, Any]  # yields requests, is sent their answers, returns a result
 
@@ -25,10 +28,10 @@ class Sum:
 
 @dataclass(frozen=True)
 class Gather:
-    """Ask for the rows of a (total, ...) tensor that the holders keep in chunks (see `Layout.chunk`)."""
+    """Ask for the lines of a (total, ...) tensor that this rank touches; its keepers pass what they keep (`Axis`)."""
 
     chunk: Tensor
-    total: int
+    axis: Axis
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank_ds.axis import SCALAR, Stored
 from lowrank_ds.layout import Lines
 from lowrank_ds.requests import Steps
 
@@ -44,7 +45,7 @@ class Drop:
     scale: float = 1.0
     needs_squares = False
 
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+    def state_shapes(self) -> dict[str, Stored]:
         """{state name: shape}: none."""
         return {}
 
@@ -74,9 +75,9 @@ class ScaleResidual:
     growth: float = 1.01
     needs_squares = True
 
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+    def state_shapes(self) -> dict[str, Stored]:
         """{state name: shape}; the limited norm of the previous residual."""
-        return {"residual_norm": ()}
+        return {"residual_norm": SCALAR}
 
     def combine(
         self, coords: Tensor, direction: Tensor, squares: Tensor | None, state: dict, lines: Lines, live
@@ -115,9 +116,9 @@ class ScaleGradient:
         """The limiter needs the norms of G's lines."""
         return self.growth is not None
 
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+    def state_shapes(self) -> dict[str, Stored]:
         """{state name: shape}; the limited norm of the previous update."""
-        return {"residual_norm": ()} if self.growth is not None else {}
+        return {"residual_norm": SCALAR} if self.growth is not None else {}
 
     def combine(
         self, coords: Tensor, direction: Tensor, squares: Tensor | None, state: dict, lines: Lines, live

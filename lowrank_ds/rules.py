@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank_ds.axis import Axis, Stored
 from lowrank_ds.layout import Lines
-from lowrank_ds.requests import Gather, Steps, Sum, ask, together
+from lowrank_ds.requests import Gather, Steps, ask, together
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Adam:
     eps: float = 1e-6
     correct_bias: bool = True
 
-    def state_shapes(self, lines: int, width: int, chunk: int) -> dict[str, tuple[int, ...]]:
-        """{state name: shape} for a (lines x width) array."""
-        return {"exp_avg": (lines, width), "exp_avg_sq": (lines, width)}
+    def state_shapes(self, array: Stored, lines: Axis, columns: Axis) -> dict[str, Stored]:
+        """{state name: shape} for an array of shape `array`."""
+        return {"exp_avg": array, "exp_avg_sq": array}
 
     def update(self, x: Tensor, state: dict[str, Tensor], live: Tensor) -> Tensor:
         """Direction N of x (lines, width), and the moments moved in place."""
@@ -74,12 +75,11 @@ class Adafactor:
         """Vectors (one line, or one column) keep the full second moment, as the packages do."""
         return self.factored and lines_total > 1 and width > 1
 
-    def state_shapes(self, lines: int, width: int, chunk: int, factored: bool) -> dict[str, tuple[int, ...]]:
-        """{state name: shape}; `chunk` is this rank's part of the `width` column means."""
-        square = (
-            {"exp_avg_sq_row": (lines,), "exp_avg_sq_col": (chunk,)} if factored else {"exp_avg_sq": (lines, width)}
-        )
-        return square | ({"exp_avg": (lines, width)} if self.beta1 else {})
+    def state_shapes(self, array: Stored, lines: Axis, columns: Axis) -> dict[str, Stored]:
+        """{state name: shape} for an array of shape `array`, whose lines and columns are divided as given."""
+        factored = self.is_factored(lines.total, columns.total)
+        means = {"exp_avg_sq_row": Stored(lines), "exp_avg_sq_col": Stored(columns)}
+        return (means if factored else {"exp_avg_sq": array}) | ({"exp_avg": array} if self.beta1 else {})
 
     def decay(self, step: int) -> float:
         """beta2 of step 1, 2, ..."""
@@ -94,17 +94,19 @@ class Adafactor:
         return (yield from self._factored(x, state, lines, weight))
 
     def _factored(self, x: Tensor, state: dict[str, Tensor], lines: Lines, weight: Tensor) -> Steps:
-        square, width = x.square(), x.shape[1]
-        mine = square if lines.partial else square[lines.owned]
+        square, columns_axis = x.square(), lines.columns(x.shape[1])
+        width, kept = columns_axis.total, slice(*columns_axis.kept[columns_axis.rank])
         rows, (columns, column_mean) = yield from together(
-            lines.complete(square.sum(1)), ask((Sum(mine.sum(0)), Gather(state["exp_avg_sq_col"], width)))
+            lines.complete(square.sum(1)),
+            ask((lines.sum_columns(square, width), Gather(state["exp_avg_sq_col"], columns_axis))),
         )
         column_mean = torch.lerp(column_mean, columns / lines.total + self.eps[0], weight)
-        state["exp_avg_sq_col"].copy_(column_mean[lines.layout.chunk(width)])
-        row_mean = state["exp_avg_sq_row"].lerp_(rows / width + self.eps[0], weight)
+        state["exp_avg_sq_col"].copy_(column_mean[kept])
+        row_mean = yield from lines.spread(state["exp_avg_sq_row"].lerp_(rows / width + self.eps[0], weight))
         # The mean of the row means, which the formula asks for, is the mean of the column means: no further sum.
         # (Each root by itself: the quotient of a large mean and an empty row's 1e-30 would overflow.)
-        return x * row_mean.rsqrt().unsqueeze(1) * column_mean.mean().sqrt() * column_mean.rsqrt()
+        here = lines.columns_here(column_mean).rsqrt()
+        return x * row_mean.rsqrt().unsqueeze(1) * column_mean.mean().sqrt() * here
 
     def clip(self, update: Tensor, square_sum: Tensor, numel: int) -> Tensor:
         """Scale `update` in place so that its RMS, sqrt(square_sum / numel), is at most `clip_threshold`."""

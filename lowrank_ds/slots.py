@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowrank_ds import params, pipeline
+from lowrank_ds import engines, params, pipeline
+from lowrank_ds.axis import SCALAR, Stored
 from lowrank_ds.engines.placement import Placement
 from lowrank_ds.layout import Layout
 from lowrank_ds.recipe import Recipe
@@ -23,7 +24,7 @@ class Slot:
     """One matrix (or plain parameter) inside a tensor of `param_groups`, as far as this rank holds it.
 
     start: offset in the tensor's entries. prefix: of its keys in optimizer.state.
-    state: its state tensors, the same objects as in `optimizer.state`.
+    state: its state tensors, plain ones that share memory with what `optimizer.state` holds.
     The counters mirror 0-d state tensors, so that no step reads a number back from the device.
     """
 
@@ -38,10 +39,6 @@ class Slot:
     refreshes: int = 0
     last_refresh: int = 0
     moment_step: int = 0
-
-    def is_current(self, store: Mapping[str, Tensor]) -> bool:
-        """Whether `store` (the host's entry in optimizer.state) still holds the tensors this slot works on."""
-        return all(store.get(self.prefix + name) is tensor for name, tensor in self.state.items())
 
     def read_counters(self) -> None:
         """Take the counters from the state (after loading)."""
@@ -60,43 +57,83 @@ class Slot:
         return flat[self.start : self.start + self.layout.numel]
 
 
-def cut(host: Tensor, at: Placement, projected: bool, matricize: str) -> list[Slot]:
-    """One slot for a plain parameter, one per matrix for a projected one."""
+def bind(
+    host: Tensor, at: Placement, recipe: Recipe, projected: bool, matricize: str, alone: bool, store: dict[str, Tensor]
+) -> list[Slot]:
+    """The slots of one parameter inside `host`, their state created in `store` or taken over from it.
+
+    One slot for a plain parameter, one per matrix for a projected one.
+
+    Args:
+        alone: whether `at` is the only parameter in `host`.
+    """
     if projected or len(at.shape) >= 2:
         count, m, n = params.matrices(at.shape, matricize if projected else "flatten")
     else:
         count, m, n = 1, 1, math.prod(at.shape)
-    slots = []
-    for i in range(count):
-        cuts = tuple(min(max(cut - i * m * n, 0), m * n) for cut in at.cuts)
-        start = at.offset + max(0, i * m * n - at.cuts[at.rank])
-        layout = Layout((m, n), cuts, at.rank, at.group)
-        if layout.numel or layout.shared:  # what another rank holds alone is not our business
-            slots.append(Slot(at.name if count == 1 else f"{at.name}[{i}]", host, start, layout, projected))
+    if isinstance(at, Placement):
+        slots = [
+            Slot(at.name if count == 1 else f"{at.name}[{i}]", host, start, layout, projected)
+            for i, start, layout in at.matrices(count, m, n)
+        ]
+        for slot in slots:
+            single = alone and len(slots) == 1 and slot.layout.numel == host.numel()
+            slot.prefix = "" if single else f"{slot.name}::"
+            _adopt(slot, recipe, at, tuple(host.shape) if single else (slot.layout.numel,), store)
+        return slots
+    at.check(count, m, n)
+    return _bind_stack(host, at, recipe, projected, (count, m, n), store)
+
+
+def _bind_stack(host, at, recipe: Recipe, projected: bool, stack: tuple[int, int, int], store) -> list[Slot]:
+    """Slots of a DTensor: each state tensor is one DTensor, with a leading dimension for a stack of matrices."""
+    count, m, n = stack
+    stacked, layout = count > 1, at.layout(m, n)
+    held, device = at.held(*stack), engines.local(host).device
+    slots = [
+        Slot(at.name if not stacked else f"{at.name}[{i}]", host, start, layout, projected)
+        for i, start, layout in at.matrices(*stack)
+    ]
+    loaded = bool(store)
+    for name, stored in _all_shapes(layout, recipe, projected).items():
+        here = at.here if stored.entries else (*((held,) if stacked else ()), *stored.local)
+        counter = name in COUNTERS and not stacked
+        fresh = _fresh(name, here, "meta" if loaded else "cpu" if counter else device)
+        wrapped = at.wrap(fresh, stored, stack if stacked else None)
+        if loaded:
+            _check_loaded(at.name, name, store, name, wrapped)
+        else:
+            store[name] = wrapped
+        tensor = engines.local(store[name])
+        for i, slot in enumerate(slots):
+            slot.state[name] = tensor[i] if stacked else tensor
+    for slot in slots:
+        slot.read_counters()
     return slots
 
 
-def adopt_state(slot: Slot, recipe: Recipe, store: dict[str, Tensor], single: bool) -> None:
+def _adopt(slot: Slot, recipe: Recipe, at: Placement, plain_shape: tuple[int, ...], store: dict[str, Tensor]) -> None:
     """Create the slot's state, or take over what `load_state_dict` put there."""
-    plain_shape = tuple(slot.host.shape) if single else (slot.layout.numel,)
-    shapes = pipeline.state_shapes(slot.layout, recipe, slot.projected, plain_shape)
-    counters = COUNTERS if slot.projected else COUNTERS[:1]
-    slot.prefix = prefix = "" if single else f"{slot.name}::"
+    prefix = slot.prefix
     loaded = any(key.startswith(prefix) for key in store) if prefix else bool(store)
-    for name, shape in {**shapes, **dict.fromkeys(counters, ())}.items():
-        key = prefix + name
-        if key in store:
-            _check_loaded(slot.name, name, store[key], shape)
-        elif loaded:
-            raise ValueError(
-                f"{slot.name}: the loaded state has no {name!r} (it has {', '.join(sorted(store)[:6])} ...). It was "
-                "saved by another optimizer, or with other options; load it into the same one."
-            )
+    for name, stored in _all_shapes(slot.layout, recipe, slot.projected).items():
+        device = "meta" if loaded else "cpu" if name in COUNTERS else slot.host.device
+        fresh = _fresh(name, plain_shape if stored.entries else stored.local, device)
+        if loaded:
+            _check_loaded(slot.name, name, store, prefix + name, fresh)
         else:
-            device = torch.device("cpu") if name in counters else slot.host.device
-            store[key] = torch.full(shape, math.inf if name == "residual_norm" else 0.0, device=device)
-        slot.state[name] = store[key]
+            store[prefix + name] = at.wrap(fresh, stored)
+        slot.state[name] = store[prefix + name]
     slot.read_counters()
+
+
+def _all_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, Stored]:
+    counters = COUNTERS if projected else COUNTERS[:1]
+    return {**pipeline.state_shapes(layout, recipe, projected), **dict.fromkeys(counters, SCALAR)}
+
+
+def _fresh(name: str, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+    return torch.full(shape, math.inf if name == "residual_norm" else 0.0, device=device)
 
 
 def due(slot: Slot, recipe: Recipe) -> bool:
@@ -121,14 +158,28 @@ def deal(load: dict[int, float], layout: Layout) -> int:
     Matrices that one rank holds are factorised there; they cannot be counted, the other ranks do not see them.
     """
     m, n = layout.shape
-    owner = min(range(len(layout.cuts) - 1), key=lambda i: load.get(i, 0.0))
+    owner = min(range(layout.world), key=lambda i: load.get(i, 0.0))
     load[owner] = load.get(owner, 0.0) + m * n * min(m, n)
     return owner
 
 
-def _check_loaded(parameter: str, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(value.shape) != tuple(shape):
+def _check_loaded(parameter: str, name: str, store: Mapping[str, Tensor], key: str, expected: Tensor) -> None:
+    """Raise ValueError unless the loaded state has what is expected, in shape and in how it is divided."""
+    if key not in store:
         raise ValueError(
-            f"{parameter}: the loaded {name!r} has shape {tuple(value.shape)}, expected {tuple(shape)}. It was saved "
-            "with another rank, proj_type or sharding; resume with the same ones."
+            f"{parameter}: the loaded state has no {name!r} (it has {', '.join(sorted(store)[:6])} ...). It was "
+            "saved by another optimizer, or with other options; load it into the same one."
+        )
+    value = store[key]
+    if tuple(value.shape) != tuple(expected.shape):
+        raise ValueError(
+            f"{parameter}: the loaded {name!r} has shape {tuple(value.shape)}, expected {tuple(expected.shape)}. It "
+            "was saved with another rank, proj_type or sharding; resume with the same ones, or save and load with "
+            "torch.distributed.checkpoint, which reshards FSDP2 state."
+        )
+    found, wanted = (getattr(t, "placements", None) for t in (value, expected))
+    if found != wanted:
+        raise ValueError(
+            f"{parameter}: the loaded {name!r} is {found or 'a plain tensor'}, expected {wanted or 'a plain tensor'}. "
+            "Load FSDP2 state with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
         )

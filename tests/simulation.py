@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lowrank_ds.collectives import _gather_moves, _gathered
-from lowrank_ds.layout import Layout
+from lowrank_ds.layout import Flat, Layout
 from lowrank_ds.requests import Exchange, Gather, Steps, Sum
 
 
@@ -17,9 +17,9 @@ def cuts_of(numel: int, places: list[int]) -> tuple[int, ...]:
     return (0, *sorted(min(p, numel) for p in places), numel)
 
 
-def layouts(shape: tuple[int, int], cuts: tuple[int, ...]) -> list[Layout]:
+def layouts(shape: tuple[int, int], cuts: tuple[int, ...]) -> list[Flat]:
     """The layout as each rank sees it."""
-    return [Layout(shape, cuts, rank, group="simulated") for rank in range(len(cuts) - 1)]
+    return [Flat(shape, cuts, rank, group="simulated") for rank in range(len(cuts) - 1)]
 
 
 def run_ranks(all_layouts: list[Layout], make: Callable[[Layout], Steps]) -> tuple[list[Any], int]:
@@ -50,12 +50,12 @@ def _serve(all_layouts: list[Layout], requests: list[Any]) -> list[Any]:
     if kinds == {Sum}:
         total = sum(r.tensor for r in requests)
         return [total.clone() for _ in requests]
-    moves = [_gather_moves(x, r) if isinstance(r, Gather) else r for x, r in zip(all_layouts, requests, strict=True)]
+    moves = [_gather_moves(r) if isinstance(r, Gather) else r for r in requests]
     answers = [{j: _delivered(moves, j, i) for j in move.receives} for i, move in enumerate(moves)]
     for i, move in enumerate(moves):
         assert set(move.sends) == {j for j, other in enumerate(moves) if i in other.receives}
     if kinds == {Gather}:
-        return [_gathered(x, r, a) for x, r, a in zip(all_layouts, requests, answers, strict=True)]
+        return [_gathered(r, a) for r, a in zip(requests, answers, strict=True)]
     return answers
 
 

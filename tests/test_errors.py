@@ -283,25 +283,31 @@ def test_a_tensor_of_unknown_origin_is_refused() -> None:
         optimizer.step()
 
 
-def fsdp2(rank: int, world: int) -> str:
-    """The message for a DTensor parameter."""
+def unusual_dtensors(rank: int, world: int) -> list[str]:
+    """Messages for placements that low-rank state cannot follow."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Partial, Shard
 
-    layers = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
-    fully_shard(layers, mesh=init_device_mesh("cpu", (world,)))
-    optimizer = GaLoreAdamW(layers.named_parameters(), lr=1e-3, rank=2)
-    layers(torch.ones(2, 8)).sum().backward()
-    try:
-        optimizer.step()
-    except RuntimeError as error:
-        return str(error)
-    return "no error"
+    mesh, messages = init_device_mesh("cpu", (world,)), []
+    for shape, placement in (((4, 4, 2, 2), Shard(2)), ((4, 4, 2, 2), Shard(1)), ((4, 6), Partial())):
+        part = torch.ones([s // world if i == getattr(placement, "dim", None) else s for i, s in enumerate(shape)])
+        weight = nn.Parameter(DTensor.from_local(part, mesh, [placement]))
+        optimizer = GaLoreAdamW([("conv.weight", weight)], lr=1e-3, rank=2)
+        try:
+            optimizer.init_state()
+        except RuntimeError as error:
+            messages.append(str(error))
+    return messages
 
 
-def test_fsdp2_is_refused_by_name_in_this_release() -> None:
-    """A DTensor is refused, not trained un-projected or wrongly."""
-    assert "0.weight is a DTensor (FSDP2 or tensor parallel)" in launch(2, fsdp2)[0]
+def test_dtensor_placements_that_cannot_work_are_refused_by_name() -> None:
+    """A shard that is neither rows nor columns, and unsummed weights, are refused before anything is stored."""
+    rows, columns, partial = launch(2, unusual_dtensors)[0]
+    for message in (rows, columns):
+        assert (
+            "conv.weight of shape (4, 3, 2, 2) is sharded on dimension" in message and "shard_placement_fn" in message
+        )
+    assert "conv.weight has the placement" in partial
 
 
 DS_MISUSE = {

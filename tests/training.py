@@ -61,7 +61,15 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
         with deepspeed.zero.GatheredParameters(partitioned):
             return {canonical(n): p.detach().float().clone() for n, p in model.named_parameters()}
-    return {canonical(n): p.detach().float().clone() for n, p in model.named_parameters()}
+    return {canonical(n): _whole(p.detach()).float().clone() for n, p in model.named_parameters()}
+
+
+def _whole(weight: torch.Tensor) -> torch.Tensor:
+    """The whole weight of a DTensor, on every rank."""
+    if not hasattr(weight, "full_tensor"):
+        return weight
+    whole = weight.full_tensor()
+    return whole.wait() if hasattr(whole, "wait") else whole
 
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -136,3 +144,73 @@ def train_engine(engine: Any, rank: int, world: int, steps: int = STEPS) -> None
         for mine in share(batch, rank, world).chunk(pieces):
             engine.backward(engine(input_ids=mine, labels=mine).loss)
             engine.step()
+
+
+# -- FSDP2, HSDP, tensor parallelism -----------------------------------------------------------------------------------
+def mesh_of(kind: str, world: int) -> Any:
+    """The device mesh of a kind of sharding: "fsdp2", "hsdp", "fsdp2 tp", "replicate"."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if kind == "hsdp":
+        return init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replicate", "shard"))
+    if kind == "fsdp2 tp":
+        return init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+    return init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
+
+
+def tensor_parallel(model: Any, mesh: Any) -> None:
+    """Shard every linear layer of the tiny LLaMA over `mesh`: rows of W (colwise) or columns of W (rowwise)."""
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    plan = {name: ColwiseParallel(output_layouts=Replicate()) for name in ("q_proj", "k_proj", "v_proj")}
+    plan = {f"self_attn.{name}": style for name, style in plan.items()}
+    plan |= {
+        "self_attn.o_proj": RowwiseParallel(input_layouts=Replicate()),
+        "mlp.gate_proj": ColwiseParallel(),
+        "mlp.up_proj": ColwiseParallel(),
+        "mlp.down_proj": RowwiseParallel(),
+    }
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh, plan)
+
+
+def fully_sharded(kind: str, world: int, model: Any = None, mesh: Any = None, **options: Any) -> Any:
+    """The tiny LLaMA under `fully_shard` (each layer and the root a unit) or `replicate`; `options` are theirs."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, mesh = model or tiny_llama(), mesh or mesh_of(kind, world)
+    if kind == "replicate":
+        from torch.distributed._composable.replicate_with_fsdp import replicate as shard
+    else:
+        shard = fully_shard
+    if kind == "fsdp2 tp":
+        tensor_parallel(model, mesh["tp"])
+        mesh = mesh["dp"]
+    for layer in model.model.layers:
+        shard(layer, mesh=mesh, **options)
+    shard(model, mesh=mesh, **options)
+    return model
+
+
+def data_ranks(kind: str, rank: int, world: int) -> tuple[int, int]:
+    """(index, count) of this process among those that get different data."""
+    return (rank // 2, world // 2) if kind == "fsdp2 tp" else (rank, world)
+
+
+def train_sharded(model: Any, optimizer: Any, kind: str, rank: int, world: int, steps: range) -> None:
+    """Plain torch training of an FSDP2 model on its share of the global batches number `steps`."""
+    place, parts = data_ranks(kind, rank, world)
+    for batch in batches(steps.stop)[steps.start :]:
+        mine = share(batch, place, parts)
+        model(input_ids=mine, labels=mine).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def fsdp2(rank: int, world: int, recipe: str, kind: str = "fsdp2", steps: int = STEPS, **options: Any) -> dict:
+    """Weights after training under FSDP2 (or "hsdp", "fsdp2 tp", "replicate")."""
+    model = fully_sharded(kind, world, **options)
+    optimizer = build(recipe, model)
+    train_sharded(model, optimizer, kind, rank, world, range(steps))
+    return weights_of(model)

@@ -5,7 +5,8 @@ An engine never guesses from a tensor's shape: it reads the engine's own records
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -13,15 +14,45 @@ from lowrank_ds.engines import deepspeed, plain
 from lowrank_ds.engines.deepspeed import allow, full_shape, name_of
 from lowrank_ds.engines.placement import Placement
 
-__all__ = ["Placement", "allow", "full_shape", "locate", "name_of"]
+__all__ = ["Placement", "allow", "full_shape", "is_dtensor", "local", "local_grad", "locate", "name_of"]
 
 
-def locate(host: Tensor, hosts: Sequence[Tensor], members: Sequence[tuple[str, Tensor | None]]) -> list[Placement]:
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether the tensor is a DTensor (there is none unless its module was imported)."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The plain tensor with this rank's entries."""
+    if not is_dtensor(tensor):
+        return tensor
+    from lowrank_ds.engines import dtensor
+
+    return dtensor.local(tensor)
+
+
+def local_grad(host: Tensor) -> Tensor:
+    """The plain tensor with this rank's entries of the gradient."""
+    if not is_dtensor(host):
+        return host.grad
+    from lowrank_ds.engines import dtensor
+
+    return dtensor.local_grad(host)
+
+
+def locate(
+    host: Tensor,
+    hosts: Sequence[Tensor],
+    members: Sequence[tuple[str, Tensor | None]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> list[Placement]:
     """Where the parameters of a group are in one of its tensors.
 
     Args:
         host: the tensor in question. hosts: all tensors that the group holds now.
         members: (name, tensor) the group was built with; None for a tensor that is gone.
+        shapes: {name: full shape} of the members.
 
     Raises:
         RuntimeError: the tensor belongs to an engine this release does not support, naming the parameter.
@@ -29,8 +60,12 @@ def locate(host: Tensor, hosts: Sequence[Tensor], members: Sequence[tuple[str, T
     own = next((name for name, param in members if param is host), None)
     partitioned = any(deepspeed.is_partitioned(param) for _, param in members if param is not None)
     if own is None and not partitioned and len(hosts) == len(members):  # an engine swapped the tensors one by one
-        name, param = next(member for p, member in zip(hosts, members, strict=True) if p is host)
-        own = name if param is not None and full_shape(param) == tuple(host.shape) else None
-    if own is not None:
+        name = next(name for p, (name, _) in zip(hosts, members, strict=True) if p is host)
+        own = name if shapes[name] == tuple(host.shape) else None
+    if own is None:
+        return deepspeed.locate(host, members)
+    if not is_dtensor(host):
         return plain.locate(host, own)
-    return deepspeed.locate(host, members)
+    from lowrank_ds.engines import dtensor
+
+    return dtensor.locate(host, own)

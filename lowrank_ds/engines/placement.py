@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
+
+from lowrank_ds.axis import Stored
+from lowrank_ds.layout import Flat, Layout
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A parameter inside a tensor of `param_groups`.
+    """A parameter inside a 1-D buffer (or a whole tensor): row-major cuts.
 
     name, shape: the parameter's. cuts: row-major offsets that divide its entries among the ranks of `group`.
     rank: this process in `group` (None group: the parameter is whole). offset: where the entries held here start in
@@ -21,3 +27,18 @@ class Placement:
     rank: int
     group: Any
     offset: int
+
+    def matrices(self, count: int, m: int, n: int) -> Iterator[tuple[int, int, Layout]]:
+        """(index, where its entries start in the tensor, layout) of each of `count` m x n matrices.
+
+        What another rank holds alone is left out: it is not this rank's business.
+        """
+        for i in range(count):
+            cuts = tuple(min(max(cut - i * m * n, 0), m * n) for cut in self.cuts)
+            layout = Flat((m, n), cuts, self.rank, self.group)
+            if layout.numel or layout.shared:
+                yield i, self.offset + max(0, i * m * n - self.cuts[self.rank]), layout
+
+    def wrap(self, local: Tensor, stored: Stored) -> Tensor:
+        """A state tensor as it is kept in `optimizer.state`: as it is."""
+        return local

@@ -13,11 +13,6 @@ def locate(host: Tensor, name: str) -> list[Placement]:
     Raises:
         RuntimeError: `host` is sharded in a way this release does not handle.
     """
-    if hasattr(host, "placements"):
-        raise RuntimeError(
-            f"{name} is a DTensor (FSDP2 or tensor parallel). This release supports one process, DDP and DeepSpeed "
-            "ZeRO-1/2/3; FSDP2 support comes with a later one. Refusing rather than training it un-projected."
-        )
     if getattr(host, "_is_flat_param", False) or hasattr(host, "_fsdp_flattened"):
         raise RuntimeError(
             f"{name} is flattened by FSDP1. This release supports one process, DDP and DeepSpeed ZeRO-1/2/3: "
