@@ -305,7 +305,7 @@ def test_dtensor_placements_that_cannot_work_are_refused_by_name() -> None:
     rows, columns, partial = launch(2, unusual_dtensors)[0]
     for message in (rows, columns):
         assert (
-            "conv.weight of shape (4, 3, 2, 2) is sharded on dimension" in message and "shard_placement_fn" in message
+            "conv.weight of shape (4, 4, 2, 2) is sharded on dimension" in message and "shard_placement_fn" in message
         )
     assert "conv.weight has the placement" in partial
 
