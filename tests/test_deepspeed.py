@@ -15,6 +15,7 @@ import lowrank_ds
 from lowrank_ds import FiraAdamW, collectives, param_groups
 from tests import training
 from tests.cluster import batches, launch, quiet_deepspeed, tiny_llama
+from tests.counting import COUNTED, Counting
 
 LIMIT = 1e-5
 STEPS = 7  # refreshes at 0 and 5
@@ -321,28 +322,6 @@ def test_rows_are_cut_and_ranks_hold_nothing_of_some_matrix() -> None:
     without = {name for found in ranks for name in names if found[1].get(name, (0,))[0] == 0}
     shared_without = {n for found in ranks for n, (numel, _, shared) in found[1].items() if shared and numel == 0}
     assert without and shared_without, "some rank must hold nothing of a matrix that others share"
-
-
-class Counting:
-    """torch.distributed with its collectives counted."""
-
-    def __init__(self, module: Any) -> None:
-        self.module, self.calls, self.bytes = module, 0, 0
-
-    def __getattr__(self, name: str) -> Any:
-        attribute = getattr(self.module, name)
-        if name not in ("all_reduce", "all_to_all_single", "all_gather_single", "all_gather_into_tensor"):
-            return attribute
-
-        def counted(tensor: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
-            self.calls += 1
-            self.bytes += tensor.nbytes
-            return attribute(tensor, *arguments, **keywords)
-
-        return counted
-
-
-COUNTED = ("galore right", "galore left", "galore full", "fira", "apollo", "flora", "galore adafactor")
 
 
 def count_collectives(rank: int, world: int, layers: int) -> dict[tuple[str, int], tuple[int, int]]:
