@@ -63,6 +63,7 @@ class NamedGroups(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         self._building = False
         self._select(self.param_groups, by_group)
+        engines.refuse_replacement(type(self))
         engines.allow(type(self))
         logger.info("%s", self.summary())
 

@@ -156,8 +156,8 @@ def straight_and_resumed(rank: int, world: int, folder: str, engine: str) -> tup
 
 
 # --- accelerate without Trainer -------------------------------------------------------------------------------------
-def accelerator(engine: str, world: int, optimizer: dict | None = None) -> Any:
-    """An Accelerator for "plain", "zero<stage>" or "fsdp2"; `optimizer` goes into the ds_config."""
+def accelerator(engine: str, world: int, optimizer: dict | None = None, **more: Any) -> Any:
+    """An Accelerator for "plain", "zero<stage>" or "fsdp2"; `optimizer` and `more` go into the ds_config."""
     from accelerate import Accelerator, PartialState
     from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 
@@ -170,7 +170,7 @@ def accelerator(engine: str, world: int, optimizer: dict | None = None) -> Any:
         return Accelerator(cpu=True)
     quiet_deepspeed()
     PartialState(cpu=True)  # else it counts one process; Accelerator(cpu=True) would not use DeepSpeed
-    config = {**auto_config(int(engine[-1])), "gradient_clipping": 0.0, "gradient_accumulation_steps": 1}
+    config = {**auto_config(int(engine[-1])), "gradient_clipping": 0.0, "gradient_accumulation_steps": 1, **more}
     if optimizer is not None:
         config["optimizer"] = {"type": "FiraAdamW", "params": {**FIRA, **optimizer}}
     return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
@@ -311,3 +311,19 @@ def unfilled(rank: int, world: int, folder: str) -> dict[str, str]:
     except ValueError as error:
         said["accelerate"] = str(error)
     return said
+
+
+def offloaded(rank: int, world: int, folder: str) -> str:
+    """What is said where accelerate would replace a client optimizer; nothing where it would not."""
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    build = lambda: lowrank_ds.FiraAdamW(tiny_llama().named_parameters(), lr=1e-2, rank=8)
+    accelerator("zero2", world, zero_optimization=zero, zero_force_ds_cpu_optimizer=False)
+    build()
+    accelerator("zero2", world, {"lr": 1e-2}, zero_optimization=zero)
+    build()
+    accelerator("zero2", world, zero_optimization=zero)
+    try:
+        build()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"

@@ -57,6 +57,7 @@ def two_processes(rank: int, world: int, folder: str) -> dict[str, Any]:
         found[f"accelerate {engine} {by_name}"] = hf.accelerated(rank, world, folder, engine, by_name)
     found["client"] = hf.client_optimizer(rank, world, folder)
     found["filled"] = hf.filled_config(rank, world, folder)
+    found["offloaded"] = hf.offloaded(rank, world, folder)
     found["unfilled"] = hf.unfilled(rank, world, folder)
     return found
 
@@ -164,6 +165,11 @@ def check_accelerated(run: tuple[dict, dict]) -> None:
 def test_accelerate(case: str, two: dict[str, Any]) -> None:
     """`Accelerator().prepare`: DDP, a client optimizer under ZeRO, a ds_config's through DummyOptim (True)."""
     check_accelerated(two[f"accelerate {case}"])
+
+
+def test_accelerate_may_not_replace_the_optimizer(two: dict[str, Any]) -> None:
+    """offload_optimizer with a client optimizer: accelerate would train DeepSpeedCPUAdam instead; refused."""
+    assert re.search("replaces.*DeepSpeedCPUAdam.*zero_force_ds_cpu_optimizer", two["offloaded"])
 
 
 def test_accelerate_under_fsdp2(fsdp2: dict[str, Any]) -> None:
