@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 from collections.abc import Callable
@@ -43,7 +42,6 @@ def forget_engine() -> None:
     unset_hf_deepspeed_config()
     for name in [n for n in os.environ if n.startswith(("ACCELERATE_", "FSDP_"))]:
         del os.environ[name]
-    gc.collect()
 
 
 def fsdp2_on_cpu() -> None:
