@@ -8,6 +8,7 @@ import torch as _torch
 
 from lowrank_ds.algorithms import ALGORITHMS as _ALGORITHMS
 from lowrank_ds.algorithms import ApolloAdamW, ApolloMini, FiraAdamW, Flora, GaLoreAdafactor, GaLoreAdamW
+from lowrank_ds.engines.huggingface import for_trainer
 from lowrank_ds.memory import state_bytes
 from lowrank_ds.params import divide_params, param_groups
 from lowrank_ds.version import __version__
@@ -21,6 +22,7 @@ __all__ = [
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "divide_params",
+    "for_trainer",
     "param_groups",
     "state_bytes",
 ]

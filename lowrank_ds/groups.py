@@ -63,6 +63,7 @@ class NamedGroups(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         self._building = False
         self._select(self.param_groups, by_group)
+        engines.refuse_replacement(type(self))
         engines.allow(type(self))
         logger.info("%s", self.summary())
 
@@ -114,13 +115,14 @@ class NamedGroups(torch.optim.Optimizer):
             raise TypeError(f"{type(self).__name__}: {', '.join(twice)} given twice.")
         return self._translate({**given, **settings})
 
-    def _translate(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+    @classmethod
+    def _translate(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Other packages' names for our options."""
         translated: dict[str, Any] = {}
         for name, value in settings.items():
-            ours, value = self.ALIASES[name](value) if name in self.ALIASES else (name, value)
+            ours, value = cls.ALIASES[name](value) if name in cls.ALIASES else (name, value)
             if ours in translated:
-                raise TypeError(f"{type(self).__name__}: {ours} is given twice ({name!r} is another name for it).")
+                raise TypeError(f"{cls.__name__}: {ours} is given twice ({name!r} is another name for it).")
             translated[ours] = value
         return translated
 

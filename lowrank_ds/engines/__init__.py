@@ -11,10 +11,21 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from lowrank_ds.engines import deepspeed, plain
+from lowrank_ds.engines.accelerate import refuse_replacement
 from lowrank_ds.engines.deepspeed import allow, full_shape, name_of
 from lowrank_ds.engines.placement import Placement
 
-__all__ = ["Placement", "allow", "full_shape", "is_dtensor", "local", "local_grad", "locate", "name_of"]
+__all__ = [
+    "Placement",
+    "allow",
+    "full_shape",
+    "is_dtensor",
+    "local",
+    "local_grad",
+    "locate",
+    "name_of",
+    "refuse_replacement",
+]
 
 
 def is_dtensor(tensor: Tensor) -> bool:
