@@ -16,7 +16,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-import lowrank_ds
 from tests import training
 from tests.cluster import launch, tiny_llama
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-import lowrank_ds
 from lowrank_ds import collectives
 from tests import training
 from tests.cluster import batches, launch, share, tiny_llama
