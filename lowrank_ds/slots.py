@@ -23,7 +23,7 @@ class Slot:
     """One matrix (or plain parameter) inside a tensor of `param_groups`, as far as this rank holds it.
 
     start: offset in the tensor's entries. prefix: of its keys in optimizer.state.
-    state: its state tensors, the same objects as in `optimizer.state`.
+    state: its state tensors, the same objects as in `optimizer.state`. none_is_zero: see `Placement`.
     The counters mirror 0-d state tensors, so that no step reads a number back from the device.
     """
 
@@ -38,6 +38,7 @@ class Slot:
     refreshes: int = 0
     last_refresh: int = 0
     moment_step: int = 0
+    none_is_zero: bool = False
 
     def is_current(self, store: Mapping[str, Tensor]) -> bool:
         """Whether `store` (the host's entry in optimizer.state) still holds the tensors this slot works on."""
@@ -72,7 +73,8 @@ def cut(host: Tensor, at: Placement, projected: bool, matricize: str) -> list[Sl
         start = at.offset + max(0, i * m * n - at.cuts[at.rank])
         layout = Layout((m, n), cuts, at.rank, at.group)
         if layout.numel or layout.shared:  # what another rank holds alone is not our business
-            slots.append(Slot(at.name if count == 1 else f"{at.name}[{i}]", host, start, layout, projected))
+            name = at.name if count == 1 else f"{at.name}[{i}]"
+            slots.append(Slot(name, host, start, layout, projected, none_is_zero=at.none_is_zero))
     return slots
 
 

@@ -9,11 +9,18 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lowrank_ds.engines import deepspeed, plain
-from lowrank_ds.engines.deepspeed import allow, full_shape, name_of
+from lowrank_ds.engines import deepspeed, fsdp1, plain
+from lowrank_ds.engines.deepspeed import allow, name_of
+from lowrank_ds.engines.fsdp1 import check, record
 from lowrank_ds.engines.placement import Placement
 
-__all__ = ["Placement", "allow", "full_shape", "locate", "name_of"]
+__all__ = ["Placement", "allow", "check", "full_shape", "locate", "name_of", "record"]
+
+
+def full_shape(param: Tensor) -> tuple[int, ...]:
+    """The shape of the whole parameter, however an engine keeps it now."""
+    recorded = fsdp1.full_shape(param)
+    return deepspeed.full_shape(param) if recorded is None else recorded
 
 
 def locate(host: Tensor, hosts: Sequence[Tensor], members: Sequence[tuple[str, Tensor | None]]) -> list[Placement]:
@@ -32,5 +39,5 @@ def locate(host: Tensor, hosts: Sequence[Tensor], members: Sequence[tuple[str, T
         name, param = next(member for p, member in zip(hosts, members, strict=True) if p is host)
         own = name if param is not None and full_shape(param) == tuple(host.shape) else None
     if own is not None:
-        return plain.locate(host, own)
+        return fsdp1.locate(host, own) if fsdp1.is_flattened(host) else plain.locate(host, own)
     return deepspeed.locate(host, members)

@@ -18,9 +18,4 @@ def locate(host: Tensor, name: str) -> list[Placement]:
             f"{name} is a DTensor (FSDP2 or tensor parallel). This release supports one process, DDP and DeepSpeed "
             "ZeRO-1/2/3; FSDP2 support comes with a later one. Refusing rather than training it un-projected."
         )
-    if getattr(host, "_is_flat_param", False) or hasattr(host, "_fsdp_flattened"):
-        raise RuntimeError(
-            f"{name} is flattened by FSDP1. This release supports one process, DDP and DeepSpeed ZeRO-1/2/3: "
-            "use one of these. Refusing rather than training it un-projected."
-        )
     return [Placement(name, tuple(host.shape), (0, host.numel()), 0, None, 0)]
