@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lowrank_ds
+from lowrank_ds.params import canonical
 from tests import training
 from tests.cluster import launch, quiet_deepspeed
 
@@ -50,7 +51,7 @@ class Mixed(nn.Module):
 
 def groups(model: Mixed) -> list[dict]:
     """Rank 3 for the matrices, rank 1 for column and row, plain for the rest with its own learning rate."""
-    named = dict(model.named_parameters())
+    named = {canonical(n): p for n, p in model.named_parameters()}
     big, thin = ("inp.weight", "experts"), ("column", "row")
     rest = [(n, p) for n, p in named.items() if n not in big + thin]
     return [

@@ -109,14 +109,18 @@ def ddp(rank: int, world: int, recipe: str, steps: int = STEPS) -> dict[str, tor
 
 
 def fsdp1_model(model: torch.nn.Module | None = None, **more: Any) -> torch.nn.Module:
-    """The tiny LLaMA under FSDP1: a unit for each decoder layer, and one for the rest. `more`: FSDP's arguments."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+    """The tiny LLaMA under FSDP1: one unit for the first decoder layer, one for the rest. `more`: FSDP's arguments.
 
-    settings = {"use_orig_params": True, "device_id": torch.device("cpu"),
-                "auto_wrap_policy": ModuleWrapPolicy({LlamaDecoderLayer})}  # fmt: skip
-    return FullyShardedDataParallel(tiny_llama() if model is None else model, **(settings | more))
+    (A unit per layer would put all cuts of two ranks between rows.)
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import CustomPolicy
+
+    model = tiny_llama() if model is None else model
+    settings: dict[str, Any] = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    if "auto_wrap_policy" not in more:
+        settings["auto_wrap_policy"] = CustomPolicy(lambda module: module is model.model.layers[0])
+    return FullyShardedDataParallel(model, **(settings | more))
 
 
 def fsdp1_optimizer(recipe: str, model: torch.nn.Module, **more: Any) -> torch.optim.Optimizer:

@@ -11,9 +11,10 @@ called by `param_groups` and `divide_params`), weakly and without marking the pa
     flat_param._sharded_size           the length of one part
     flat_param._shard_param_infos      this rank's own record, against which the computed cuts are checked
 
-Tested with torch 2.13; versions outside `TESTED` are refused (LOWRANK_DS_UNTESTED_TORCH=1 overrides), and so is a torch
-without these attributes. torch is patched in one place: `FSDP.optim_state_dict` and its relatives, which would slice
-low-rank state as if it had the parameter's shape, refuse our optimizers.
+Run with torch 2.13, read in the sources of 2.6.0 and 2.14.1; versions outside `TESTED` are refused
+(LOWRANK_DS_UNTESTED_TORCH=1 overrides), and so is a torch without these attributes. torch is patched in one place:
+`FSDP.optim_state_dict` and its relatives, which would slice low-rank state as if it had the parameter's shape, refuse
+our optimizers.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lowrank_ds.engines.placement import Placement
 
-TESTED = ((2, 6), (2, 14))  # from, below
+TESTED = ((2, 6), (2, 15))  # from, below
 _MODULE = "torch.distributed.fsdp.fully_sharded_data_parallel"
 _HANDLE = ("flat_param", "process_group", "uses_sharded_strategy", "_use_orig_params")
 _FLAT = ("_params", "_fqns", "_shapes", "_strides", "_numels_with_padding", "_is_padding_mask", "_sharded_size",
