@@ -19,11 +19,11 @@ from lowrank_ds.engines import fsdp1
 from tests import test_mixed_model as mixed
 from tests import training
 from tests.cluster import batches, launch, share, tiny_llama
+from tests.counting import Counting
 from tests.test_deepspeed import (
     FIRA,
     LARGER,
     POISONED,
-    Counting,
     accumulated,
     plain,
     poison,
@@ -44,13 +44,12 @@ def holdings(optimizer: torch.optim.Optimizer) -> dict[str, tuple[int, bool, boo
     return {s.name: (s.layout.numel, s.layout.cut_inside_row, s.layout.shared) for s in slots}
 
 
-def recipes_and_holdings(rank: int, world: int) -> tuple[dict[str, dict], dict]:
-    """({recipe: weights}, what this rank holds)."""
-    found = {recipe: training.fsdp1(rank, world, recipe) for recipe in training.RECIPES}
+def held_here(rank: int, world: int) -> dict[str, tuple[int, bool, bool]]:
+    """What this rank holds of the model in the recipe x engine table."""
     model = training.fsdp1_model()
     optimizer = training.fsdp1_optimizer("galore", model)
     training.train_wrapped(model, optimizer, rank, world, 1)
-    return (found if rank == 0 else {}), holdings(optimizer)
+    return holdings(optimizer)
 
 
 def mixed_shapes(recipe: str, rank: int, world: int) -> dict[str, torch.Tensor]:
@@ -79,43 +78,25 @@ def odd_sizes(rank: int, world: int) -> dict[str, torch.Tensor]:
 
 
 def three_ranks(rank: int, world: int, folder: str) -> tuple:
-    """The recipes, the mixed model's, resuming, and odd sizes."""
+    """What is held, the mixed model's recipes, resuming, and odd sizes."""
     shapes = {recipe: mixed_shapes(recipe, rank, world) for recipe in mixed.RECIPES}
-    return *recipes_and_holdings(rank, world), shapes, save_and_resume(rank, world, folder), odd_sizes(rank, world)
+    return held_here(rank, world), shapes, save_and_resume(rank, world, folder), odd_sizes(rank, world)
 
 
 @functools.cache
-def table_results(world: int) -> list:
-    """What the ranks of one world size found."""
-    if world == 2:
-        return launch(world, recipes_and_holdings)
+def three_rank_results() -> list[tuple]:
+    """What three ranks found."""
     with tempfile.TemporaryDirectory() as folder:
-        return launch(world, three_ranks, folder)
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_every_recipe_is_equal_to_one_process(world: int, capsys: pytest.CaptureFixture) -> None:
-    """Weights after 12 steps, three refreshes, within fp32 rounding of one process."""
-    torch.set_num_threads(1)
-    found = {
-        recipe: training.largest_difference(weights, training.one_process(recipe))
-        for recipe, weights in table_results(world)[0][0].items()
-    }
-    with capsys.disabled():
-        print(f"\nFSDP1 x {world}: largest weight difference from one process")
-        print("\n".join(f"  {recipe:26s} {difference:.1e}" for recipe, difference in found.items()))
-    assert found.keys() == training.RECIPES.keys()
-    assert all(difference <= LIMIT for difference in found.values()), found
+        return launch(3, three_ranks, folder)
 
 
 def test_rows_are_cut_and_ranks_hold_nothing_of_some_matrix() -> None:
-    """The table means something: cuts inside rows on both world sizes, and ranks without entries of a shared matrix."""
-    for world in (2, 3):
-        ranks = [held for _, held, *_ in table_results(world)]
+    """tests/test_sharded.py means something: cuts inside rows at both sizes, ranks without entries of a shared matrix."""
+    three = [found[0] for found in three_rank_results()]
+    for world, ranks in ((2, [found["held"] for found in results()]), (3, three)):
         assert any(inside and shared for held in ranks for _, inside, shared in held.values()), world
         names = {name for held in ranks for name in held}
         assert any(name not in held for name in names for held in ranks), "each rank takes part in every matrix"
-    three = [held for _, held, *_ in table_results(3)]
     assert any(shared and not numel for held in three for numel, _, shared in held.values())
 
 
@@ -124,13 +105,13 @@ def test_stacked_experts_and_thin_matrices(recipe: str) -> None:
     """Several matrices in one flattened parameter, matrices of rank 1, and groups made by hand, on three ranks."""
     torch.set_num_threads(1)
     expected = mixed.one_process(recipe)
-    assert training.largest_difference(table_results(3)[0][2][recipe], expected) <= LIMIT
+    assert training.largest_difference(three_rank_results()[0][1][recipe], expected) <= LIMIT
 
 
 def test_padding_between_parameters() -> None:
     """A matrix that is cut, behind padding."""
     torch.set_num_threads(1)
-    assert training.largest_difference(table_results(3)[0][-1], odd_sizes(0, 1)) <= LIMIT
+    assert training.largest_difference(three_rank_results()[0][-1], odd_sizes(0, 1)) <= LIMIT
 
 
 # --- modes: one case = (what the ranks run, what one process runs) ---------------------------------------------------
@@ -378,8 +359,8 @@ CASES: dict[str, tuple[Callable, Callable]] = {
 
 
 def two_ranks(rank: int, world: int) -> dict[str, Any]:
-    """Everything but the recipes."""
-    found: dict[str, Any] = {"misuse": misuse(rank, world), "cost": cost(rank, world)}
+    """Everything that needs two ranks."""
+    found: dict[str, Any] = {"misuse": misuse(rank, world), "cost": cost(rank, world), "held": held_here(rank, world)}
     found["cases"] = {name: run(rank, world) for name, (run, _) in CASES.items()}
     return found | {"low precision": low_precision(rank, world)}
 
@@ -486,7 +467,7 @@ def save_and_resume(rank: int, world: int, folder: str) -> dict[str, bool]:
 
 def test_state_dict_per_rank_resumes_bit_exactly() -> None:
     """optimizer.state_dict() of every rank, loaded at the same world size."""
-    for *_, found, _ in table_results(3):
+    for *_, found, _ in three_rank_results():
         assert len(found) == 3 and all(found.values()), found
 
 
