@@ -1,7 +1,7 @@
 """The only code that talks to `torch.distributed` during a step.
 
-`run` advances the generators of many matrices in lock-step and serves all requests of a round with one all-gather
-(chunks that all ranks hold), one all-to-all (what moves between some) and one all-reduce per dtype (what is summed):
+`run_all` advances the generators of many matrices in lock-step and serves all requests of a round with one all-gather
+(what all ranks need whole), one all-to-all (what moves between some) and one all-reduce per dtype (what is summed):
 the number of collectives does not depend on depth. Every rank of the group must run the same matrices in the same
 order, also those it holds nothing of.
 """
@@ -9,51 +9,72 @@ order, also those it holds nothing of.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowrank_ds.layout import Layout
 from lowrank_ds.requests import Exchange, Gather, Steps, Sum, finish_alone
 
 
-def run(tasks: Sequence[tuple[Layout, Steps]], device: torch.device) -> list[Any]:
-    """Advance generators of matrices that share one process group in lock-step; their results in order.
+class Task(NamedTuple):
+    """The generator of one matrix, how ranks share the matrix, and how many numbers its round keeps alive."""
 
-    Every rank of the group must pass the same matrices in the same order, also those it holds nothing of.
+    layout: Any  # a Layout or a Mirror: what has a group
+    steps: Steps
+    size: int
+
+
+class _Run:
+    """Generators of matrices that share one process group, advanced in lock-step.
+
+    The first requests are on their way when this is built; `finish` answers them and all that follow.
     """
-    results: list[Any] = [None] * len(tasks)
-    group = tasks[0][0].group
-    pending = {i: None for i in range(len(tasks))}
-    while pending:
+
+    def __init__(self, tasks: Sequence[Task], device: torch.device) -> None:
+        self.tasks, self.device, self.group = tasks, device, tasks[0].layout.group
+        self.results: list[Any] = [None] * len(tasks)
+        self._advance(dict.fromkeys(range(len(tasks))))
+
+    def _advance(self, answers: dict[int, Any]) -> None:
         requests = {}
-        for i, answer in pending.items():
+        for i, answer in answers.items():
             try:
-                requests[i] = tasks[i][1].send(answer)
+                requests[i] = self.tasks[i].steps.send(answer)
             except StopIteration as stop:
-                results[i] = stop.value
-        pending = _serve({i: (tasks[i][0], r) for i, r in requests.items()}, group, device)
-    return results
+                self.results[i] = stop.value
+        self.arrive = _issue(requests, self.group, self.device) if requests else None
+
+    def finish(self) -> list[Any]:
+        """The results, in order."""
+        while self.arrive is not None:
+            self._advance(self.arrive())
+        return self.results
 
 
-def _serve(requests: dict[int, tuple[Layout, Any]], group: Any, device: torch.device) -> dict[int, Any]:
-    """Answer one round of requests, at most one collective of each kind (all-reduce: one per dtype)."""
-    single = {
-        (i, *path): (layout, item) for i, (layout, request) in requests.items() for path, item in _leaves(request)
-    }
-    sums = {key: item.tensor for key, (_, item) in single.items() if isinstance(item, Sum)}
-    gathers = {key: item for key, (_, item) in single.items() if isinstance(item, Gather)}
+def _issue(requests: dict[int, Any], group: Any, device: torch.device) -> Callable[[], dict[int, Any]]:
+    """Start one round, at most one collective of each kind (all-reduce: one per dtype). Answers how to wait for it."""
+    single = {(i, *path): item for i, request in requests.items() for path, item in _leaves(request)}
+    sums = {key: item.tensor for key, item in single.items() if isinstance(item, Sum)}
+    gathers = {key: item for key, item in single.items() if isinstance(item, Gather)}
     common = {key: item for key, item in gathers.items() if item.axis.everywhere}
     few = {key: item for key, item in gathers.items() if not item.axis.everywhere}
-    moves = {key: item for key, (_, item) in single.items() if isinstance(item, Exchange)}
+    moves = {key: item for key, item in single.items() if isinstance(item, Exchange)}
     moves |= {key: _gather_moves(item) for key, item in few.items()}
-    answers: dict[Any, Any] = _all_reduce(sums, group) | (_all_gather(common, group, device) if common else {})
-    answers |= _all_to_all(moves, group, device) if moves else {}
-    answers |= {key: _gathered(item, answers[key]) for key, item in few.items()}
-    return {i: _shaped(request, answers, (i,)) for i, (_, request) in requests.items()}
+    waiting = [_all_reduce(sums, dtype, group) for dtype in sorted({t.dtype for t in sums.values()}, key=str)]
+    waiting += [_all_gather(common, group, device)] if common else []
+    waiting += [_all_to_all(moves, group, device)] if moves else []
+
+    def arrive() -> dict[int, Any]:
+        answers: dict[Any, Any] = {}
+        for wait in waiting:
+            answers |= wait()
+        answers |= {key: _gathered(item, answers[key]) for key, item in few.items()}
+        return {i: _shaped(request, answers, (i,)) for i, request in requests.items()}
+
+    return arrive
 
 
 def _leaves(request: Any, path: tuple[int, ...] = ()) -> Iterable[tuple[tuple[int, ...], Any]]:
@@ -95,19 +116,21 @@ def _wire(device: torch.device, group: Any) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend and device.type == "cpu" else device
 
 
-def _all_reduce(sums: dict[Any, Tensor], group: Any) -> dict[Any, Tensor]:
-    answers = {}
-    for dtype in sorted({t.dtype for t in sums.values()}, key=str):
-        keys = [key for key, t in sums.items() if t.dtype == dtype]
-        flat = torch.cat([sums[key].reshape(-1) for key in keys])
-        moved = flat.to(_wire(flat.device, group))
-        dist.all_reduce(moved, group=group)
+def _all_reduce(sums: dict[Any, Tensor], dtype: torch.dtype, group: Any) -> Callable[[], dict[Any, Tensor]]:
+    keys = [key for key, t in sums.items() if t.dtype == dtype]
+    flat = torch.cat([sums[key].reshape(-1) for key in keys])
+    moved = flat.to(_wire(flat.device, group))
+    work = dist.all_reduce(moved, group=group, async_op=True)
+
+    def wait() -> dict[Any, Tensor]:
+        work.wait()
         parts = moved.to(flat.device).split([sums[key].numel() for key in keys])
-        answers |= {key: part.view(sums[key].shape) for key, part in zip(keys, parts, strict=True)}
-    return answers
+        return {key: part.view(sums[key].shape) for key, part in zip(keys, parts, strict=True)}
+
+    return wait
 
 
-def _all_gather(gathers: dict[Any, Gather], group: Any, device: torch.device) -> dict[Any, Tensor]:
+def _all_gather(gathers: dict[Any, Gather], group: Any, device: torch.device) -> Callable[[], dict[Any, Tensor]]:
     """What every rank touches: every rank sends one message, padded where the kept parts are uneven."""
     world, wire = dist.get_world_size(group), _wire(device, group)
     widths, parts = [], []
@@ -119,15 +142,23 @@ def _all_gather(gathers: dict[Any, Gather], group: Any, device: torch.device) ->
     outgoing = torch.cat(parts).to(wire)
     incoming = torch.empty(world * outgoing.numel(), device=wire)
     # torch 2.13 renamed it and warns about the old name.
-    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(incoming, outgoing, group=group)
-    columns = incoming.to(device).view(world, -1).split(widths, 1)
-    answers = {}
-    for (key, item), column in zip(gathers.items(), columns, strict=True):
-        rest, spans = item.chunk.shape[1:], item.axis.kept
-        if any(b - a != spans[0][1] for a, b in spans) or list(spans) != sorted(spans):  # padded, or out of order
-            column = torch.cat([column[j, : (b - a) * rest.numel()] for j, (a, b) in _in_order(spans)])
-        answers[key] = column.reshape(item.axis.total, *rest)
-    return answers
+    all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    work = all_gather(incoming, outgoing, group=group, async_op=True)
+
+    def wait(_alive: Tensor = outgoing) -> dict[Any, Tensor]:
+        work.wait()
+        columns = incoming.to(device).view(world, -1).split(widths, 1)
+        return {key: _unpadded(item, column) for (key, item), column in zip(gathers.items(), columns, strict=True)}
+
+    return wait
+
+
+def _unpadded(item: Gather, column: Tensor) -> Tensor:
+    """The lines (total, ...) of one gather out of what each rank sent (world, width)."""
+    rest, spans = item.chunk.shape[1:], item.axis.kept
+    if any(b - a != spans[0][1] for a, b in spans) or list(spans) != sorted(spans):  # padded, or out of order
+        column = torch.cat([column[j, : (b - a) * rest.numel()] for j, (a, b) in _in_order(spans)])
+    return column.reshape(item.axis.total, *rest)
 
 
 def _in_order(spans: tuple[tuple[int, int], ...]) -> list[tuple[int, tuple[int, int]]]:
@@ -135,7 +166,7 @@ def _in_order(spans: tuple[tuple[int, int], ...]) -> list[tuple[int, tuple[int, 
     return sorted(enumerate(spans), key=lambda pair: pair[1])
 
 
-def _all_to_all(moves: dict[Any, Exchange], group: Any, device: torch.device) -> dict[Any, dict[int, Tensor]]:
+def _all_to_all(moves: dict[Any, Exchange], group: Any, device: torch.device) -> Callable[[], dict[Any, Any]]:
     world = dist.get_world_size(group)
     sends = [[x.sends[j].reshape(-1).float() for x in moves.values() if j in x.sends] for j in range(world)]
     input_splits = [sum(t.numel() for t in parts) for parts in sends]
@@ -143,40 +174,50 @@ def _all_to_all(moves: dict[Any, Exchange], group: Any, device: torch.device) ->
     wire = _wire(device, group)
     outgoing = torch.cat([torch.empty(0, device=device), *itertools.chain(*sends)]).to(wire)
     incoming = torch.empty(sum(output_splits), device=wire)
-    dist.all_to_all_single(incoming, outgoing, output_splits, input_splits, group=group)
-    per_rank = incoming.to(device).split(output_splits)
-    offsets = [0] * world
-    answers: dict[Any, dict[int, Tensor]] = {}
-    for key, move in moves.items():
-        answers[key] = {}
-        for j, size in move.receives.items():
-            answers[key][j] = per_rank[j][offsets[j] : offsets[j] + size]
-            offsets[j] += size
-    return answers
+    work = dist.all_to_all_single(incoming, outgoing, output_splits, input_splits, group=group, async_op=True)
+
+    def wait(_alive: Tensor = outgoing) -> dict[Any, dict[int, Tensor]]:
+        work.wait()
+        per_rank, offsets = incoming.to(device).split(output_splits), [0] * world
+        answers: dict[Any, dict[int, Tensor]] = {}
+        for key, move in moves.items():
+            answers[key] = {}
+            for j, size in move.receives.items():
+                answers[key][j] = per_rank[j][offsets[j] : offsets[j] + size]
+                offsets[j] += size
+        return answers
+
+    return wait
 
 
-def run_all(tasks: Iterable[tuple[Layout, Steps]], device: torch.device, budget: int) -> list[Any]:
-    """Run tasks of any groups: whole matrices one by one, shared ones together in buckets of <= `budget` entries.
+def run_all(tasks: Iterable[Task], device: torch.device, budget: int) -> list[Any]:
+    """Run tasks of any groups: whole matrices one by one, shared ones together in buckets of about `budget` numbers.
 
-    The bucket limits what is alive at once (gathered bases and directions); it is counted in matrix entries so
-    that every rank cuts the same buckets.
+    The bucket limits what is alive at once (gathered bases and directions, gradients on their way to be factorised).
+    The first requests of a bucket travel while the bucket before it computes. Every rank cuts the same buckets.
     """
     tasks = list(tasks)
     results: list[Any] = [None] * len(tasks)
     buckets: dict[Any, list[list[int]]] = {}
-    for i, (layout, steps) in enumerate(tasks):
-        if not layout.shared:
-            results[i] = finish_alone(steps)
+    for i, task in enumerate(tasks):
+        if not task.layout.shared:
+            results[i] = finish_alone(task.steps)
             continue
-        queue = buckets.setdefault(layout.group, [[]])
-        if queue[-1] and sum(_size(tasks[j][0]) for j in queue[-1]) + _size(layout) > budget:
+        queue = buckets.setdefault(task.layout.group, [[]])
+        if queue[-1] and sum(tasks[j].size for j in queue[-1]) + task.size > budget:
             queue.append([])
         queue[-1].append(i)
+    previous: tuple[list[int], _Run] | None = None
     for bucket in itertools.chain(*buckets.values()):
-        for i, result in zip(bucket, run([tasks[i] for i in bucket], device), strict=True):
-            results[i] = result
+        started = bucket, _Run([tasks[i] for i in bucket], device)
+        _collect(previous, results)
+        previous = started
+    _collect(previous, results)
     return results
 
 
-def _size(layout: Layout) -> int:
-    return layout.shape[0] * layout.shape[1]
+def _collect(started: tuple[list[int], _Run] | None, results: list[Any]) -> None:
+    """Finish a bucket and put its results in their places."""
+    if started is not None:
+        for i, result in zip(started[0], started[1].finish(), strict=True):
+            results[i] = result

@@ -22,7 +22,8 @@ class Job:
     grad, weight: this rank's entries (numel,), views of what the optimizer was handed.
     state: the matrix's state tensors. step: 1, 2, ...; moment_step: the same since moments were last reset.
     lr, weight_decay: of this step. refresh: whether a new basis is due; refresh_count: bases drawn before this step;
-    owner: the rank that computes an exact SVD. key: (run seed, parameter name), the source of all randomness.
+    owner: the rank that computes an exact SVD; replica: the one it does so in (`Layout.mirror`); fresh: the basis from
+    another replica. key: (run seed, parameter name), the source of all randomness.
     """
 
     layout: Layout
@@ -39,6 +40,20 @@ class Job:
     refresh_count: int = 0
     owner: int = 0
     stochastic_rounding: bool = True
+    replica: int = 0
+    fresh: dict[str, Tensor] | None = None
+
+    @property
+    def size(self) -> int:
+        """About how many numbers are alive for this matrix beside what is stored: bases, directions, a G to factorise.
+
+        The same on every rank.
+        """
+        m, n = self.layout.shape
+        how = self.recipe.subspace
+        if how is None or (self.refresh and how.method == "svd"):
+            return m * n
+        return (m + n) * how.rank
 
 
 def where_live(live: Tensor, x: Tensor) -> Tensor:

@@ -48,6 +48,19 @@ class Block(NamedTuple):
         return entries[self.entries].view(self.rows.stop - self.rows.start, self.cols.stop - self.cols.start)
 
 
+@dataclass(frozen=True, eq=False)
+class Mirror:
+    """The ranks that hold the very same entries: replicas, on which everything but an exact SVD is computed again.
+
+    rank: this process in `group`. world: how many replicas there are.
+    """
+
+    group: Any
+    rank: int
+    world: int
+    shared = True
+
+
 class Layout:
     """Which entries of an m x n matrix each rank of `group` holds.
 
@@ -57,6 +70,7 @@ class Layout:
         blocks: this rank's entries as rectangles. takers: how many ranks take part (keep even parts of things).
         owned_rows, owned_cols: touched rows and columns, counted from the first, that are counted here.
         rows_axis, cols_axis: how the ranks divide the matrix (`Axis`).
+        mirror: the replicas of what is held here, where the engine knows of some.
     """
 
     shape: tuple[int, int]
@@ -71,6 +85,7 @@ class Layout:
     owned_cols: slice
     rows_axis: Axis
     cols_axis: Axis
+    mirror: Mirror | None
 
     def even(self, total: int) -> Axis:
         """An axis of `total` that every rank that takes part needs whole and keeps an even part of."""
@@ -146,6 +161,7 @@ class Flat(Layout):
     cuts: tuple[int, ...]
     rank: int = 0
     group: Any = None
+    mirror: Mirror | None = None
 
     def __post_init__(self) -> None:
         m, n = self.shape
@@ -153,9 +169,9 @@ class Flat(Layout):
             raise ValueError(f"cuts {self.cuts} do not partition the {m * n} entries of a {m}x{n} matrix")
 
     @classmethod
-    def whole(cls, shape: tuple[int, int]) -> Flat:
+    def whole(cls, shape: tuple[int, int], mirror: Mirror | None = None) -> Flat:
         """The layout of a matrix that one process holds completely."""
-        return cls(shape, (0, shape[0] * shape[1]))
+        return cls(shape, (0, shape[0] * shape[1]), mirror=mirror)
 
     def span(self, rank: int) -> Span:
         """The entries [start, stop) that `rank` holds."""
@@ -276,6 +292,7 @@ class Tiled(Layout):
     rank: int = 0
     group: Any = None
     deal: Callable[[int], tuple[Span, ...]] | None = field(default=None, repr=False)
+    mirror: Mirror | None = None
 
     def __post_init__(self) -> None:
         m, n = self.shape

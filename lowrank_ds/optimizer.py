@@ -11,14 +11,14 @@ from torch import Tensor
 
 from lowrank_ds import engines, options, pipeline
 from lowrank_ds import params as selection
-from lowrank_ds.collectives import run_all
+from lowrank_ds.collectives import Task, run_all
 from lowrank_ds.groups import NamedGroups, logger
 from lowrank_ds.job import Job
 from lowrank_ds.linalg import LARGEST_GRADIENT
 from lowrank_ds.recipe import Recipe
 from lowrank_ds.slots import COUNTERS, Slot, bind, deal, due, offset
 
-_BUCKET = 1 << 27  # matrix entries whose shared work is alive at once
+_BUCKET = 1 << 27  # numbers (fp32) that shared work keeps alive at once
 
 
 class LowRankOptimizer(NamedGroups):
@@ -121,11 +121,23 @@ class LowRankOptimizer(NamedGroups):
         jobs = self._jobs(work)
         for device in _devices(job.weight for _, job in jobs):
             tasks = [(s, job) for s, job in jobs if job.weight.device == device]
-            run_all([(job.layout, pipeline.update(job, slot.projected)) for slot, job in tasks], device, _BUCKET)
+            self._mirror_bases([job for _, job in tasks], device)
+            updates = [Task(job.layout, pipeline.update(job, slot.projected), job.size) for slot, job in tasks]
+            run_all(updates, device, _BUCKET)
         while self._copies:
             weight, copy = self._copies.pop()
             weight.copy_(copy)
         return loss
+
+    @staticmethod
+    def _mirror_bases(jobs: list[Job], device: torch.device) -> None:
+        """Exact SVDs of replicated matrices: each replica computes its share, then all get all."""
+        due_now = [job for job in jobs if job.refresh and job.layout.mirror and job.recipe.subspace.method == "svd"]
+        mine = [job for job in due_now if job.replica == job.layout.mirror.rank]
+        bases = run_all([Task(job.layout, pipeline.new_basis(job), job.size) for job in mine], device, _BUCKET)
+        known = {id(job): basis for job, basis in zip(mine, bases, strict=True)}
+        shares = [Task(job.layout.mirror, pipeline.mirror_basis(job, known.get(id(job))), job.size) for job in due_now]
+        run_all(shares, device, _BUCKET)
 
     def _work(self, group: dict[str, Any], host: Tensor) -> list[tuple[Slot, Tensor, Tensor]]:
         """(slot, gradient entries, weight entries) of one tensor; nothing if it has no gradient."""
@@ -183,11 +195,20 @@ class LowRankOptimizer(NamedGroups):
             # Flora's change of basis moves what is stored and needs no gradient; the others are made from this one.
             refresh = due(slot, recipe) and (usable or recipe.momentum is not None)
             job = self._job(slot, group, recipe, grad, weight, refresh)
-            if refresh and recipe.subspace.method == "svd" and slot.layout.shared:
-                job.owner = deal(loads.setdefault(slot.layout.group, {}), slot.layout)
+            if refresh and recipe.subspace.method == "svd":
+                self._deal(job, loads)
             jobs.append((slot, job))
             slot.write_counters()
         return jobs
+
+    @staticmethod
+    def _deal(job: Job, loads: dict[Any, dict[int, float]]) -> None:
+        """Choose the replica, and the rank in it, that computes an exact SVD; the same choice on every rank."""
+        layout, mirror = job.layout, job.layout.mirror
+        if mirror is not None:
+            job.replica = deal(loads.setdefault(mirror.group, {}), layout, mirror.world)
+        if layout.shared and (mirror is None or job.replica == mirror.rank):
+            job.owner = deal(loads.setdefault(layout.group, {}), layout, layout.world)
 
     def _job(self, slot: Slot, group, recipe: Recipe, grad: Tensor, weight: Tensor, refresh: bool) -> Job:
         count = slot.refreshes
@@ -210,7 +231,7 @@ class LowRankOptimizer(NamedGroups):
         found: dict[int, list[float]] = {}
         for device in _devices(weight for *_, weight in work):
             here = [i for i, (*_, weight) in enumerate(work) if weight.device == device]
-            tasks = [(work[i][0].layout, pipeline.survey(work[i][2], work[i][0].state["skipped"])) for i in here]
+            tasks = [Task(work[i][0].layout, pipeline.survey(work[i][2], work[i][0].state["skipped"]), 1) for i in here]
             found |= dict(zip(here, torch.stack(run_all(tasks, device, _BUCKET)).tolist(), strict=True))
         return [found[i] for i in range(len(work))]
 

@@ -23,7 +23,7 @@ from lowrank_ds.job import Job, where_live, write, write_entries
 from lowrank_ds.layout import Layout, Lines
 from lowrank_ds.projection import Left, Right, TwoSided, choose
 from lowrank_ds.recipe import Recipe
-from lowrank_ds.requests import Gather, Steps, Sum, ask, together
+from lowrank_ds.requests import Exchange, Gather, Steps, Sum, ask, together
 from lowrank_ds.rules import Adafactor, Adam
 from lowrank_ds.subspace import Sharded, factorize
 
@@ -94,9 +94,7 @@ def _refresh(job: Job, side) -> Steps:
     if how.method == "power" and job.refresh_count:
         warm = side.warm(state, (yield side.whole_requests(state)))
     old = {k: v.clone() for k, v in (yield from _gathered(side, state)).items()} if rotate else {}
-    axes = {which: side.basis_axes()[name] for which, name in side.bases.items()}
-    key = (*job.key, job.refresh_count)
-    bases = yield from factorize(how, Sharded(job.layout, job.grad), axes, key, warm, job.owner)
+    bases = job.fresh if job.fresh is not None else (yield from new_basis(job, warm))
     for which, basis in bases.items():
         state[side.bases[which]].copy_(basis)
     if how.on_refresh == "reset":
@@ -104,6 +102,28 @@ def _refresh(job: Job, side) -> Steps:
     elif rotate:
         new = yield from _gathered(side, state)
         state["exp_avg"].copy_(state["exp_avg"] @ (yield from side.overlap(old, new)))
+
+
+def new_basis(job: Job, warm: Tensor | None = None) -> Steps:
+    """The rows kept here of a basis of the current gradient, by side ("left", "right")."""
+    side = side_of(job.layout, job.recipe)
+    axes = {which: side.basis_axes()[name] for which, name in side.bases.items()}
+    key = (*job.key, job.refresh_count)
+    return (yield from factorize(job.recipe.subspace, Sharded(job.layout, job.grad), axes, key, warm, job.owner))
+
+
+def mirror_basis(job: Job, bases: dict[str, Tensor] | None) -> Steps:
+    """Bring the basis of the replica that computed it (`bases` there, None elsewhere) to all replicas: `job.fresh`."""
+    side, mirror = side_of(job.layout, job.recipe), job.layout.mirror
+    shapes = {which: (side.basis_axes()[name].count, side.rank) for which, name in side.bases.items()}
+    if bases is not None:
+        flat = torch.cat([bases[which].reshape(-1) for which in shapes])
+        yield Exchange({j: flat for j in range(mirror.world) if j != mirror.rank}, {})
+        job.fresh = bases
+        return
+    sizes = [rows * width for rows, width in shapes.values()]
+    parts = (yield Exchange({}, {job.replica: sum(sizes)}))[job.replica].split(sizes)
+    job.fresh = {which: part.view(shape) for (which, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def _gathered(side, state) -> Steps:

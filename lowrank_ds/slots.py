@@ -161,13 +161,13 @@ def offset(name: str, every: int) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") % every
 
 
-def deal(load: dict[int, float], layout: Layout) -> int:
-    """Give the exact SVD of a shared matrix to the rank with the least work so far.
+def deal(load: dict[int, float], layout: Layout, world: int) -> int:
+    """Give the exact SVD of a shared matrix to the one of `world` ranks with the least work so far.
 
     Matrices that one rank holds are factorised there; they cannot be counted, the other ranks do not see them.
     """
     m, n = layout.shape
-    owner = min(range(layout.world), key=lambda i: load.get(i, 0.0))
+    owner = min(range(world), key=lambda i: load.get(i, 0.0))
     load[owner] = load.get(owner, 0.0) + m * n * min(m, n)
     return owner
 

@@ -91,7 +91,7 @@ def three_rank_results() -> list[tuple]:
 
 
 def test_rows_are_cut_and_ranks_hold_nothing_of_some_matrix() -> None:
-    """tests/test_sharded.py means something: cuts inside rows at both sizes, ranks without entries of a shared matrix."""
+    """The recipe x engine table means something: rows are cut at both sizes, ranks lack entries of a shared matrix."""
     three = [found[0] for found in three_rank_results()]
     for world, ranks in ((2, [found["held"] for found in results()]), (3, three)):
         assert any(inside and shared for held in ranks for _, inside, shared in held.values()), world

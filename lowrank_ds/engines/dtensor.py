@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from lowrank_ds.axis import Span, Stored
-from lowrank_ds.layout import Flat, Layout, Tiled
+from lowrank_ds.layout import Flat, Layout, Mirror, Tiled
 
 try:
     from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset as _offsets
@@ -122,14 +122,23 @@ class DTensorPlacement:
         """How this rank's group shares one m x n matrix; the same object for parameters that are alike."""
         roles = tuple(self._role(p, m, n) for p in self.placements)
         dims = tuple(d for d, role in enumerate(roles) if role in ("rows", "columns") and self.mesh.size(d) > 1)
-        if not dims:
-            return Flat.whole((m, n))
         key = (m, n, self.mesh, self.placements, roles)
         if key not in (known := _cache()["layouts"]):
-            known[key] = self._tiled(m, n, roles, dims)
+            mirror = self._mirror()
+            known[key] = self._tiled(m, n, roles, dims, mirror) if dims else Flat.whole((m, n), mirror)
         return known[key]
 
-    def _tiled(self, m: int, n: int, roles: tuple[str | None, ...], dims: tuple[int, ...]) -> Tiled:
+    def _mirror(self) -> Mirror | None:
+        """The ranks that hold the same part as this one: the mesh dimensions that replicate."""
+        dims = tuple(d for d, p in enumerate(self.placements) if isinstance(p, Replicate) and self.mesh.size(d) > 1)
+        if not dims:
+            return None
+        group, coordinates = _group(self.mesh, dims)
+        return Mirror(group, dist.get_rank(group), len(coordinates))
+
+    def _tiled(
+        self, m: int, n: int, roles: tuple[str | None, ...], dims: tuple[int, ...], mirror: Mirror | None
+    ) -> Tiled:
         group, coordinates = _group(self.mesh, dims)
         along = {"rows": 0, "columns": 1}
         moved = [
@@ -147,7 +156,7 @@ class DTensorPlacement:
 
         rank = dist.get_rank(group)
         try:
-            layout = Tiled((m, n), tuple(tiles), rank, group, deal)
+            layout = Tiled((m, n), tuple(tiles), rank, group, deal, mirror)
         except ValueError as error:
             raise RuntimeError(
                 f"{self.name}: the shards {self.placements} are not contiguous blocks ({error})."
