@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
+import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import lowrank_ds
 from lowrank_ds import collectives
 from tests import training
 from tests.cluster import batches, launch, share, tiny_llama
@@ -260,3 +265,97 @@ def test_collectives_per_step_do_not_grow_with_depth(capsys: pytest.CaptureFixtu
         assert calls == deep[recipe][0] <= 8, recipe
         assert kinds == deep[recipe][2], recipe
     assert shallow["galore right"][2] == {"all_gather": 1}
+
+
+LARGER = {"hidden_size": 132, "intermediate_size": 356, "num_hidden_layers": 3, "num_key_value_heads": 3,
+          "vocab_size": 509}  # fmt: skip
+MEASURED = ("galore", "galore full", "fira", "apollo", "flora", "galore adafactor")
+
+
+def state_sizes(optimizer: torch.optim.Optimizer, inside: str = "") -> int:
+    """Bytes of state held here for parameters whose name contains `inside`."""
+    group = optimizer.param_groups[0]
+    named = zip(group["param_names"], group["params"], strict=True)
+    parts = [t for name, p in named if inside in name for t in optimizer.state[p].values()]
+    return sum(getattr(t, "to_local", lambda t=t: t)().nbytes for t in parts)
+
+
+def measure_state(rank: int, world: int, kind: str) -> dict[str, tuple[int, int]]:
+    """{recipe: bytes of state on this rank, (all, of the layers)}."""
+    found = {}
+    for recipe in MEASURED:
+        optimizer = training.build(recipe, training.fully_sharded(kind, world, tiny_llama(**LARGER)), rank=32)
+        optimizer.init_state()
+        assert lowrank_ds.state_bytes(optimizer) == state_sizes(optimizer)
+        found[recipe] = state_sizes(optimizer), state_sizes(optimizer, "_proj")
+    return found
+
+
+def test_state_summed_over_ranks_is_the_one_process_state(capsys: pytest.CaptureFixture) -> None:
+    """At most 5 % more than one process, projectors included: 2 and 4 ranks; on tiles for what is tensor parallel."""
+    alone = {}
+    for recipe in MEASURED:
+        optimizer = training.build(recipe, tiny_llama(**LARGER), rank=32)
+        optimizer.init_state()
+        alone[recipe] = state_sizes(optimizer), state_sizes(optimizer, "_proj")
+    rows = []
+    for world, kind, which in ((2, "fsdp2", 0), (4, "fsdp2", 0), (4, "fsdp2 tp", 1)):
+        ranks = launch(world, measure_state, kind)
+        for recipe in MEASURED:
+            held = [r[recipe][which] for r in ranks]
+            rows.append(
+                (
+                    world,
+                    kind,
+                    recipe,
+                    max(held),
+                    sum(held) / alone[recipe][which],
+                    world * max(held) / alone[recipe][which],
+                )
+            )
+    with capsys.disabled():
+        print(
+            "\noptimizer state: largest rank's bytes, sum over ranks / one process, largest rank x ranks / one process"
+        )
+        print(
+            "\n".join(
+                f"  {w} x {k:9s} {r:18s} {size:9d} {total:.4f} {worst:.4f}" for w, k, r, size, total, worst in rows
+            )
+        )
+    assert all(ratio <= 1.05 for *_, ratio, _ in rows)
+
+
+def fake_ranks(rank: int, world: int) -> dict[str, list[int]]:
+    """{recipe: [bytes on a rank of many, bytes on one process]} at LLaMA-7B's dimensions."""
+    command = [sys.executable, "-m", "tests.fake_ranks", str(rank), str(world)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("rank", [0, 63])
+def test_state_per_rank_at_7b_dimensions_on_64_ranks(rank: int, capsys: pytest.CaptureFixture) -> None:
+    """8 layers of LLaMA-7B, rank 128: a rank's state is a 64th of one process's, projectors included."""
+    found = fake_ranks(rank, 64)
+    with capsys.disabled():
+        print(f"\nLLaMA-7B, 8 layers, r 128, rank {rank} of 64 (FSDP2): MiB of state, x 64 / one process")
+        for recipe, (here, one) in found.items():
+            print(f"  {recipe:18s} {here / 2**20:8.2f} MiB  {here * 64 / one:.4f}")
+    assert all(here * 64 <= 1.05 * one for here, one in found.values())
+
+
+def wrapped_too_late(rank: int, world: int) -> list[str]:
+    """What is logged when fully_shard comes after the optimizer."""
+    model, records = tiny_llama(), []
+    optimizer = training.build("fira", model)
+    training.fully_sharded("fsdp2", world, model)
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logging.getLogger("lowrank_ds").addHandler(handler)
+    training.train_sharded(model, optimizer, "fsdp2", rank, world, range(1))
+    return records
+
+
+def test_sharding_after_the_optimizer_was_built_is_said() -> None:
+    """The optimizer holds parameters that no longer train: its first step says that nothing was updated."""
+    assert any("nothing was updated" in message for message in launch(2, wrapped_too_late)[0])
