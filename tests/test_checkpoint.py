@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from tests import training
 from tests.cluster import launch, tiny_llama
 
-RECIPES = ("galore left", "galore full", "galore adafactor", "fira", "apollo", "flora unfactored")
+RECIPES = ("galore left", "galore full", "galore adafactor", "fira", "flora unfactored")
 SAVED_AT, STEPS = 7, 12  # refreshes at steps 0, 5 and 10: one on either side of the save
 LIMIT = 2e-6  # a run continued at another world size, against the one that never stopped
 
@@ -93,17 +93,17 @@ def assert_same(saved: dict, resumed: dict, limit: float) -> None:
         assert training.largest_difference(weights, other) <= limit, recipe
 
 
-RESHARDED = ("galore left", "fira", "galore adafactor", "flora unfactored")
+RESHARDED = ("galore left", "fira", "galore adafactor")
 
 
 def test_two_ranks_save_and_any_number_resumes() -> None:
-    """FSDP2 x 2 saves; x 2 resumes bit for bit; x 3, HSDP, x 1 and an unwrapped model within rounding."""
+    """FSDP2 x 2 saves; x 2 resumes bit for bit; x 3, HSDP 2 x 2 and an unwrapped model within rounding."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         saved = launch(2, save, folder, "fsdp2", RECIPES, False)[0]
         assert_same(saved, launch(2, resume, folder, "fsdp2", RECIPES, False)[1], 0.0)
         some = {recipe: saved[recipe] for recipe in RESHARDED}
-        for world, kind in ((3, "fsdp2"), (4, "hsdp"), (1, "fsdp2"), (1, "one")):
+        for world, kind in ((3, "fsdp2"), (4, "hsdp"), (1, "one")):
             assert_same(some, launch(world, resume, folder, kind, RESHARDED, False)[world - 1], LIMIT)
 
 
@@ -247,4 +247,5 @@ def test_state_that_does_not_fit_is_refused() -> None:
         for found in launch(2, wrong_loads, folder):
             assert "ize mismatch" in found["rank"]
             assert "Missing key in checkpoint" in found["algorithm"]
-            assert "q_proj" in found["local"] and "set_optimizer_state_dict" in found["local"]
+            assert "embed_tokens.weight: the loaded 'exp_avg' has shape (3" in found["local"]
+            assert "torch.distributed.checkpoint" in found["local"]
