@@ -46,6 +46,7 @@ class Axis:
         kind: how the kept parts lie: "rows" or "columns" (as the matrix itself is divided), "even", "whole" (each
             rank everything).
         along: the kind the axis would have if every rank kept what it touches.
+        idle: ranks that take no part: they touch and keep nothing of any axis.
     """
 
     total: int
@@ -55,6 +56,7 @@ class Axis:
     owned: slice
     kind: str
     along: str = "whole"
+    idle: frozenset[int] = frozenset()
 
     @cached_property
     def settled(self) -> bool:
@@ -62,14 +64,14 @@ class Axis:
         return self.kept is self.touched
 
     @cached_property
-    def undivided(self) -> bool:
-        """Whether a rank touches everything or nothing. The same answer on every rank."""
-        return all(b - a in (0, self.total) for a, b in self.touched)
+    def everywhere(self) -> bool:
+        """Whether every rank touches everything. The same answer on every rank."""
+        return all(b - a == self.total for a, b in self.touched)
 
     @cached_property
-    def everywhere(self) -> bool:
-        """Whether every rank touches everything."""
-        return all(b - a == self.total for a, b in self.touched)
+    def undivided(self) -> bool:
+        """Whether every rank that takes part touches everything. The same answer on every rank."""
+        return all(b - a == self.total for rank, (a, b) in enumerate(self.touched) if rank not in self.idle)
 
     @cached_property
     def crossed(self) -> bool:
@@ -93,13 +95,12 @@ class Axis:
     def wide(self) -> Axis:
         """The same keepers, every rank touching everything."""
         everything = ((0, self.total),) * len(self.touched)
-        return Axis(self.total, everything, self.kept, self.rank, self.owned, self.kind, self.along)
+        return Axis(self.total, everything, self.kept, self.rank, self.owned, self.kind, self.along, self.idle)
 
     def replicated(self) -> Axis:
         """The same axis with every rank keeping all that it touches."""
-        return Axis(
-            self.total, self.touched, self.touched, self.rank, self.owned, "whole" if self.undivided else self.along
-        )
+        kind = "whole" if self.undivided else self.along
+        return Axis(self.total, self.touched, self.touched, self.rank, self.owned, kind, self.along, self.idle)
 
     # -- moves --------------------------------------------------------------------------------------------------------
     @cached_property

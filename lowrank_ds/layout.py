@@ -217,7 +217,7 @@ class Flat(Layout):
         touched = tuple((a // n, -(-b // n)) if b > a else (0, 0) for a, b in spans)
         start, stop = self.span(self.rank)
         owned = slice(1 if stop > start and start % n else 0, touched[self.rank][1] - touched[self.rank][0])
-        return Axis(self.shape[0], touched, touched, self.rank, owned, "rows")
+        return Axis(self.shape[0], touched, touched, self.rank, owned, "rows", idle=self._idle)
 
     @cached_property
     def cols_axis(self) -> Axis:
@@ -230,7 +230,11 @@ class Flat(Layout):
         for i, rank in enumerate(self.holders):
             kept[rank] = total * i // k, total * (i + 1) // k
         touched = tuple((0, total) if self.count_of(j) else (0, 0) for j in range(self.world))
-        return _even_axis(total, touched, tuple(kept), self.rank)
+        return _even_axis(total, touched, tuple(kept), self.rank, idle=self._idle)
+
+    @cached_property
+    def _idle(self) -> frozenset[int]:
+        return frozenset(range(self.world)) - frozenset(self.holders)
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -353,8 +357,15 @@ class Tiled(Layout):
         return (Block(slice(0, self.rows), slice(0, self.cols), slice(0, self.numel)),) if self.numel else ()
 
 
-def _even_axis(total: int, touched: tuple[Span, ...], kept: tuple[Span, ...], rank: int, along: str = "whole") -> Axis:
-    return Axis(total, touched, kept, rank, slice(0, kept[rank][1] - kept[rank][0]), "even", along)
+def _even_axis(
+    total: int,
+    touched: tuple[Span, ...],
+    kept: tuple[Span, ...],
+    rank: int,
+    along: str = "whole",
+    idle: frozenset[int] = frozenset(),
+) -> Axis:
+    return Axis(total, touched, kept, rank, slice(0, kept[rank][1] - kept[rank][0]), "even", along, idle)
 
 
 def _overlap(spans: set[Span]) -> bool:

@@ -112,9 +112,11 @@ class LowRankOptimizer(NamedGroups):
             for host in group["params"]
             for slot, grad, weight in self._work(group, host)
         ]
+        held = [p for group in self.param_groups for p in group["params"] if p.numel()]
+        if held and all(p.grad is None for p in held):
+            done = "every gradient counted as zero" if work else "nothing was updated"
+            self._warn_once("no gradient", f"step() found no gradient on any parameter: {done}.")
         if not work:
-            if any(group["params"] for group in self.param_groups):
-                self._warn_once("no gradient", "step() found no gradient on any parameter: nothing was updated.")
             return loss
         jobs = self._jobs(work)
         for device in _devices(job.weight for _, job in jobs):
@@ -130,18 +132,33 @@ class LowRankOptimizer(NamedGroups):
         if not math.isfinite(self.learning_rate(group, 1)):
             raise ValueError(f"{type(self).__name__}: the learning rate is {group['lr']}; check the scheduler.")
         slots = self._bind(group, host)
-        if host.grad is None:
-            if not engines.is_dtensor(host) and any(slot.layout.shared for slot in slots):
-                raise RuntimeError(
-                    f"the partition that holds {slots[0].name} has no gradient: call engine.backward(loss) and "
-                    "engine.step() (not loss.backward() and optimizer.step())."
-                )
+        grad = self._gradient(host, slots)
+        if grad is None:
             return []
-        if host.grad.is_sparse:
+        if grad.is_sparse:
             raise RuntimeError(f"{slots[0].name} has a sparse gradient; use nn.Embedding(sparse=False).")
-        weight, grad = engines.local(host.detach()), engines.local_grad(host).detach().contiguous().view(-1)
+        weight, grad = engines.local(host.detach()), grad.detach().contiguous().view(-1)
         weight = weight if weight.is_contiguous() else self._staged(weight)
         return [(slot, slot.entries(grad), slot.entries(weight.view(-1))) for slot in slots]
+
+    def _gradient(self, host: Tensor, slots: list[Slot]) -> Tensor | None:
+        """This rank's part of a gradient; None if it takes no part in this step (the same answer on all ranks)."""
+        if any(slot.none_is_zero for slot in slots):
+            held = sum(slot.layout.numel for slot in slots)
+            if host.numel() != held:
+                raise RuntimeError(
+                    f"{slots[0].name} has {host.numel()} entries now, its piece on this rank {held}: step() was called "
+                    "while the engine had it gathered (FSDP.summon_full_params, say). Call step() outside."
+                )
+            if not host.requires_grad:
+                return None
+            return torch.zeros_like(host) if host.grad is None else host.grad
+        if host.grad is None and not engines.is_dtensor(host) and any(slot.layout.shared for slot in slots):
+            raise RuntimeError(
+                f"the partition that holds {slots[0].name} has no gradient: call engine.backward(loss) and "
+                "engine.step() (not loss.backward() and optimizer.step())."
+            )
+        return None if host.grad is None else engines.local_grad(host)
 
     def _staged(self, weight: Tensor) -> Tensor:
         """A contiguous copy of a weight with other strides (channels_last), written back after the step."""

@@ -69,9 +69,10 @@ def prepare_group(group: dict[str, Any], index: int) -> dict[str, Any]:
             raise ValueError(
                 f"param group {index}: {names[i] or f'tensor {i}'} is {item.dtype}; only real floats train."
             )
-        names[i] = names[i] or engines.name_of(item) or f"group{index}.param{i}"
+        names[i] = canonical(names[i] or engines.name_of(item) or f"group{index}.param{i}")
+        engines.check(names[i], item)
         tensors.append(item)
-    return {**group, "params": tensors, "param_names": [canonical(name) for name in names]}
+    return {**group, "params": tensors, "param_names": names}
 
 
 def is_positional(name: str) -> bool:
@@ -161,6 +162,7 @@ def param_groups(
     Raises:
         ValueError: a pattern matches nothing, or nothing is left to project.
     """
+    engines.record(model)
     named = [(canonical(n), p) for n, p in model.named_parameters() if p.requires_grad]
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -181,6 +183,7 @@ def divide_params(
 
     Unlike the package it skips frozen parameters and raises ValueError when a target matches nothing.
     """
+    engines.record(model)
     linear = {f"{canonical(n)}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     named = [(canonical(n), p) for n, p in model.named_parameters() if p.requires_grad]
     targets = [re.escape(t) for t in target_modules_list]

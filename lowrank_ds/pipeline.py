@@ -92,8 +92,7 @@ def _refresh(job: Job, side) -> Steps:
     how, state, warm = job.recipe.subspace, job.state, None
     rotate = how.on_refresh == "rotate" and job.refresh_count
     if how.method == "power" and job.refresh_count:
-        answers = yield side.whole_requests(state)
-        warm = answers[0] if answers else state["projector"]
+        warm = side.warm(state, (yield side.whole_requests(state)))
     old = {k: v.clone() for k, v in (yield from _gathered(side, state)).items()} if rotate else {}
     axes = {which: side.basis_axes()[name] for which, name in side.bases.items()}
     key = (*job.key, job.refresh_count)

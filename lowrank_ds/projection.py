@@ -121,7 +121,12 @@ class Right(OneSided):
     def whole_requests(self, stored: Basis) -> tuple[Gather, ...]:
         """What must be gathered to start a factorisation from the stored basis: all of Q."""
         axis = self.basis_axis
-        return () if axis.settled and axis.undivided else (Gather(stored["projector"], axis.wide()),)
+        return () if axis.kind == "whole" else (Gather(stored["projector"], axis.wide()),)
+
+    def warm(self, stored: Basis, answers: tuple[Tensor, ...]) -> Tensor:
+        """What a factorisation starts from: all of Q (n, r), zeros on a rank that takes no part."""
+        basis = answers[0] if answers else stored["projector"]
+        return basis if basis.shape[0] == self.basis_axis.total else basis.new_zeros(self.basis_axis.total, self.rank)
 
     def _counted_rows(self) -> slice:
         return self.layout.owned_cols
@@ -163,6 +168,10 @@ class Left(OneSided):
     def whole_requests(self, stored: Basis) -> tuple[Gather, ...]:
         """What must be gathered to start a factorisation from the stored basis: the rows of P touched here."""
         return self.requests(stored)
+
+    def warm(self, stored: Basis, answers: tuple[Tensor, ...]) -> Tensor:
+        """What a factorisation starts from: the touched rows of P."""
+        return self.gathered(stored, answers)["projector"]
 
     def _counted_rows(self) -> slice:
         return self.layout.owned_rows

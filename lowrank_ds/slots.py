@@ -25,6 +25,7 @@ class Slot:
 
     start: offset in the tensor's entries. prefix: of its keys in optimizer.state.
     state: its state tensors, plain ones that share memory with what `optimizer.state` holds.
+    none_is_zero: see `Placement`.
     The counters mirror 0-d state tensors, so that no step reads a number back from the device.
     """
 
@@ -39,6 +40,7 @@ class Slot:
     refreshes: int = 0
     last_refresh: int = 0
     moment_step: int = 0
+    none_is_zero: bool = False
 
     def read_counters(self) -> None:
         """Take the counters from the state (after loading)."""
@@ -73,7 +75,14 @@ def bind(
         count, m, n = 1, 1, math.prod(at.shape)
     if isinstance(at, Placement):
         slots = [
-            Slot(at.name if count == 1 else f"{at.name}[{i}]", host, start, layout, projected)
+            Slot(
+                at.name if count == 1 else f"{at.name}[{i}]",
+                host,
+                start,
+                layout,
+                projected,
+                none_is_zero=at.none_is_zero,
+            )
             for i, start, layout in at.matrices(count, m, n)
         ]
         for slot in slots:

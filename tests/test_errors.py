@@ -289,7 +289,7 @@ def unusual_dtensors(rank: int, world: int) -> list[str]:
     from torch.distributed.tensor import DTensor, Partial, Shard
 
     mesh, messages = init_device_mesh("cpu", (world,)), []
-    for shape, placement in (((4, 4, 2, 2), Shard(2)), ((4, 4, 2, 2), Shard(1)), ((4, 6), Partial())):
+    for shape, placement in (((4, 4, 2, 2), Shard(2)), ((4, 4, 2, 2), Shard(3)), ((4, 6), Partial())):
         part = torch.ones([s // world if i == getattr(placement, "dim", None) else s for i, s in enumerate(shape)])
         weight = nn.Parameter(DTensor.from_local(part, mesh, [placement]))
         optimizer = GaLoreAdamW([("conv.weight", weight)], lr=1e-3, rank=2)

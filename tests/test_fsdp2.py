@@ -19,7 +19,7 @@ LIMIT = 1e-5
 STEPS = 7  # refreshes at 0 and 5
 
 
-# --- modes: the same training loop under FSDP2 and on one process, with one thing changed ------------------------------
+# --- modes: the same training loop under FSDP2 and on one process, with one thing changed -----------------------------
 def loop(model: Any, optimizer: Any, rank: int = 0, world: int = 1, pieces: int = 1, clip: float = 0.0, schedule=None):
     """Train on this rank's share of the global batches, in `pieces` micro-batches."""
     for batch in batches(STEPS):

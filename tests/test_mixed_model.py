@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lowrank_ds
+from lowrank_ds.params import canonical
 from tests import training
 from tests.cluster import launch, quiet_deepspeed
 
@@ -50,7 +51,7 @@ class Mixed(nn.Module):
 
 def groups(model: Mixed) -> list[dict]:
     """Rank 3 for the matrices, rank 1 for column and row, plain for the rest with its own learning rate."""
-    named = dict(model.named_parameters())
+    named = {canonical(n): p for n, p in model.named_parameters()}
     big, thin = ("inp.weight", "experts"), ("column", "row")
     rest = [(n, p) for n, p in named.items() if n not in big + thin]
     return [
@@ -100,17 +101,55 @@ def under_zero(rank: int, world: int) -> dict[tuple[str, int], dict[str, torch.T
     return found
 
 
+def by_expert_dim(dim: int):
+    """shard_placement_fn: the stacked experts on dimension `dim` (1: rows, 2: columns), everything else by rows."""
+    from torch.distributed.tensor import Shard
+
+    return lambda p: Shard(dim) if p.dim() == 3 else Shard(0)
+
+
+FSDP2 = {
+    "fsdp2": {},  # whole experts on each rank: 2, 2 and 1
+    "fsdp2 expert rows": {"shard_placement_fn": by_expert_dim(1)},
+    "fsdp2 expert columns": {"shard_placement_fn": by_expert_dim(2)},
+}
+
+
+REFUSED = ("flora flattened left", "fsdp2 expert columns")  # no block of the flattened matrix (see test_errors)
+
+
+def under_fsdp2(rank: int, world: int) -> dict[tuple[str, str], dict[str, torch.Tensor]]:
+    """{(recipe, kind): weights}."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh, found = training.mesh_of("fsdp2", world), {}
+    for recipe in RECIPES:
+        for kind, options in FSDP2.items():
+            if (recipe, kind) == REFUSED:
+                continue
+            model = fully_shard(Mixed(), mesh=mesh, **options)
+            optimizer = optimizer_of(recipe, model)
+            for batch in data():
+                optimizer.zero_grad()
+                model(batch.chunk(world)[rank]).backward()
+                optimizer.step()
+            found[recipe, kind] = training.weights_of(model)
+    return found
+
+
 @functools.cache
-def results() -> dict[tuple[str, int], dict[str, torch.Tensor]]:
+def results() -> dict[tuple[str, int | str], dict[str, torch.Tensor]]:
     """From three ranks: experts are cut, and some ranks hold nothing of the small matrices."""
-    return launch(3, under_zero)[0]
+    return launch(3, under_zero)[0] | launch(3, under_fsdp2)[0]
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
-@pytest.mark.parametrize("stage", [1, 3])
-def test_equal_to_one_process(recipe: str, stage: int) -> None:
+@pytest.mark.parametrize("engine", [1, 3, *FSDP2])
+def test_equal_to_one_process(recipe: str, engine: int | str) -> None:
     """Every parameter, whatever its shape and group, within fp32 rounding of one process."""
+    if (recipe, engine) == REFUSED:
+        pytest.skip("refused by name: a shard of the last dimension is no block of the flattened matrix")
     torch.set_num_threads(1)
     expected = one_process(recipe)
-    assert training.largest_difference(results()[recipe, stage], expected) <= 1e-5
+    assert training.largest_difference(results()[recipe, engine], expected) <= 1e-5
     assert training.largest_difference(expected, training.weights_of(Mixed())) > 1e-2

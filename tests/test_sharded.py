@@ -8,6 +8,7 @@ in the initial weights does to one process, the floor below which no comparison 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,7 +17,11 @@ from tests import training
 from tests.cluster import launch
 
 LIMIT = 1e-5
-ENGINES = {2: ("ddp", "zero1", "zero2", "zero3"), 3: ("zero1", "zero2", "zero3")}
+ENGINES = {
+    2: ("ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2", "replicate"),
+    3: ("zero1", "zero2", "zero3", "fsdp1", "fsdp2"),
+    4: ("fsdp2", "hsdp", "fsdp2 tp"),
+}
 
 
 def all_cells(rank: int, world: int) -> dict:
@@ -24,9 +29,17 @@ def all_cells(rank: int, world: int) -> dict:
     found = {}
     for recipe in training.RECIPES:
         for engine in ENGINES[world]:
-            run = training.ddp if engine == "ddp" else functools.partial(training.zero, stage=int(engine[-1]))
-            found[recipe, engine] = run(rank, world, recipe)
+            found[recipe, engine] = runner(engine)(rank, world, recipe)
     return found if rank == 0 else {}
+
+
+def runner(engine: str) -> Callable[[int, int, str], dict]:
+    """The function of tests/training.py that trains under an engine."""
+    if engine.startswith("zero"):
+        return functools.partial(training.zero, stage=int(engine[-1]))
+    if engine in ("ddp", "fsdp1"):
+        return getattr(training, engine)
+    return functools.partial(training.fsdp2, kind=engine)
 
 
 @functools.cache
@@ -45,10 +58,10 @@ def differences(world: int) -> dict[tuple[str, str], float]:
 def as_table(world: int) -> str:
     """The table of one world size as text."""
     found = differences(world)
-    rows = [f"{'recipe':26s}" + "".join(f"{f'{e} x {world}':>12s}" for e in ENGINES[world]) + f"{'(one ulp)':>12s}"]
+    rows = [f"{'recipe':26s}" + "".join(f"{f'{e} x {world}':>14s}" for e in ENGINES[world]) + f"{'(one ulp)':>12s}"]
     for recipe in training.RECIPES:
         noise = training.largest_difference(training.one_ulp_away(recipe), reference(recipe))
-        cells = "".join(f"{found[recipe, e]:12.1e}" for e in ENGINES[world])
+        cells = "".join(f"{found[recipe, e]:14.1e}" for e in ENGINES[world])
         rows.append(f"{recipe:26s}{cells}   ({noise:.1e})")
     return "\n".join(["", f"largest weight difference from one process after {training.STEPS} steps", *rows])
 

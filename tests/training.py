@@ -52,9 +52,14 @@ def build(recipe: str, model: torch.nn.Module, **more: Any) -> torch.optim.Optim
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """{name: a copy of the whole weight}, gathered under ZeRO-3."""
+    """{name: a copy of the whole weight}, gathered under ZeRO-3 and FSDP1 (by all ranks)."""
     from lowrank_ds.params import canonical
 
+    if any(hasattr(p, "_fsdp_flattened") for p in model.parameters()):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            return {canonical(n): p.detach().float().clone() for n, p in model.named_parameters()}
     partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]
     if partitioned:
         import deepspeed
@@ -109,6 +114,47 @@ def ddp(rank: int, world: int, recipe: str, steps: int = STEPS) -> dict[str, tor
         optimizer.step()
         optimizer.zero_grad()
     return weights_of(model)
+
+
+def fsdp1_model(model: torch.nn.Module | None = None, **more: Any) -> torch.nn.Module:
+    """The tiny LLaMA under FSDP1: one unit for the first decoder layer, one for the rest. `more`: FSDP's arguments.
+
+    (A unit per layer would put all cuts of two ranks between rows.)
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import CustomPolicy
+
+    model = tiny_llama() if model is None else model
+    settings: dict[str, Any] = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    if "auto_wrap_policy" not in more:
+        settings["auto_wrap_policy"] = CustomPolicy(lambda module: module is model.model.layers[0])
+    return FullyShardedDataParallel(model, **(settings | more))
+
+
+def fsdp1_optimizer(recipe: str, model: torch.nn.Module, **more: Any) -> torch.optim.Optimizer:
+    """The recipe's optimizer on an FSDP1-wrapped model."""
+    name, settings = settings_of(recipe, **more)
+    groups = lowrank_ds.param_groups(model, rank=settings.pop("rank"))
+    return getattr(lowrank_ds, name)(groups, **settings)
+
+
+def fsdp1(rank: int, world: int, recipe: str, steps: int = STEPS, **more: Any) -> dict[str, torch.Tensor]:
+    """Weights after training under FSDP1; `more`: the recipe's settings."""
+    model = fsdp1_model()
+    optimizer = fsdp1_optimizer(recipe, model, **more)
+    train_wrapped(model, optimizer, rank, world, steps)
+    return weights_of(model)
+
+
+def train_wrapped(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int, world: int, steps: int = STEPS
+) -> None:
+    """The plain loop over the global batches, split over ranks."""
+    for batch in batches(steps):
+        mine = share(batch, rank, world)
+        model(input_ids=mine, labels=mine).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def ds_config(recipe: str | None, stage: int, world: int, **more: Any) -> dict[str, Any]:

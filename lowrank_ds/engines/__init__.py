@@ -10,22 +10,31 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from lowrank_ds.engines import deepspeed, plain
+from lowrank_ds.engines import deepspeed, fsdp1, plain
 from lowrank_ds.engines.accelerate import refuse_replacement
-from lowrank_ds.engines.deepspeed import allow, full_shape, name_of
+from lowrank_ds.engines.deepspeed import allow, name_of
+from lowrank_ds.engines.fsdp1 import check, record
 from lowrank_ds.engines.placement import Placement
 
 __all__ = [
     "Placement",
     "allow",
+    "check",
     "full_shape",
     "is_dtensor",
     "local",
     "local_grad",
     "locate",
     "name_of",
+    "record",
     "refuse_replacement",
 ]
+
+
+def full_shape(param: Tensor) -> tuple[int, ...]:
+    """The shape of the whole parameter, however an engine keeps it now."""
+    recorded = fsdp1.full_shape(param)
+    return deepspeed.full_shape(param) if recorded is None else recorded
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -76,7 +85,7 @@ def locate(
     if own is None:
         return deepspeed.locate(host, members)
     if not is_dtensor(host):
-        return plain.locate(host, own)
+        return fsdp1.locate(host, own) if fsdp1.is_flattened(host) else plain.locate(host, own)
     from lowrank_ds.engines import dtensor
 
     return dtensor.locate(host, own)

@@ -110,7 +110,7 @@ class DTensorPlacement:
             return "columns"
         if dim == 0 or dim - lead == 0:
             return "lead" if lead and dim < lead else "rows"
-        if dim - lead == 1 and (lead or len(self.shape) == 2):
+        if dim - lead == 1:  # of a flattened (d0, d1, ...) too: a part of d1 is a block of its d1 * ... columns
             return "columns"
         raise RuntimeError(
             f"{self.name} of shape {self.shape} is sharded on dimension {dim}, which is neither the rows nor the "

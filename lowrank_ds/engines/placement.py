@@ -18,7 +18,8 @@ class Placement:
 
     name, shape: the parameter's. cuts: row-major offsets that divide its entries among the ranks of `group`.
     rank: this process in `group` (None group: the parameter is whole). offset: where the entries held here start in
-    the tensor's flattened entries.
+    the tensor's flattened entries. none_is_zero: the tensor is this parameter's entries alone, and a gradient of None
+    counts as zeros (an engine that leaves it None on ranks without entries, which must still take part).
     """
 
     name: str
@@ -27,6 +28,7 @@ class Placement:
     rank: int
     group: Any
     offset: int
+    none_is_zero: bool = False
 
     def matrices(self, count: int, m: int, n: int) -> Iterator[tuple[int, int, Layout]]:
         """(index, where its entries start in the tensor, layout) of each of `count` m x n matrices.
