@@ -255,7 +255,7 @@ def layer_classes(model: nn.Module) -> tuple[type[nn.Module], ...]:
 
 def hybrid_mesh(processes: Processes, copy: int | None) -> DeviceMesh:
     """Mesh of (copies, processes that share one); copy: how many these are, by default the processes of one host."""
-    copy = copy or int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    copy = copy or int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", 0))  # torchrun, deepspeed
     if not copy:
         raise SystemExit("--engine hsdp: LOCAL_WORLD_SIZE is not set; give --hsdp-shard N, the processes of one host")
     if processes.world % copy:
