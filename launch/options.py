@@ -48,6 +48,25 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seq-len", type=int, default=256, help="tokens per sequence (documents are packed)")
     add("--cache-dir", default=".cache/tokens", help="where tokenised local data is kept")
 
+    _add_engine_flags(parser)
+    add = parser.add_argument_group("schedule").add_argument
+    add("--steps", type=int, required=True, help="optimizer steps")
+    add("--batch-size", type=int, help="sequences per optimizer step, over all processes")
+    add("--micro-batch", type=int, help="sequences per process and forward pass; the rest is gradient accumulation")
+    add("--warmup-steps", type=int, help="linear warm-up (default: a tenth of --steps), then cosine")
+    add("--min-lr-ratio", type=float, default=0.1, help="the cosine ends at this fraction of the learning rate")
+    add("--seed", type=int, default=0, help="of initial weights and data order")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output", required=True, help="new directory for metrics, summary, checkpoint and model")
+    add("--log-every", type=int, default=10)
+    add("--eval-every", type=int, default=0, help="0: only at the end")
+    add("--eval-tokens", type=int, help="use only this many held-out tokens (default: all; 10M with --dataset)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    return parser
+
+
+def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("optimizer and engine").add_argument
     add("--engine", choices=ENGINES, help="how the model is shared by processes (default: deepspeed with "
         "--deepspeed_config, else ddp; ddp with one process is plain torch)")  # fmt: skip
@@ -64,22 +83,6 @@ def build_parser() -> argparse.ArgumentParser:
         "bf16 is fp32 master weights computed in bf16 under fsdp1, fsdp2, hsdp and DeepSpeed; under ddp the weights "
         "themselves are bf16")  # fmt: skip
     add("--activation-checkpointing", action="store_true", help="recompute each layer in the backward pass")
-
-    add = parser.add_argument_group("schedule").add_argument
-    add("--steps", type=int, required=True, help="optimizer steps")
-    add("--batch-size", type=int, help="sequences per optimizer step, over all processes")
-    add("--micro-batch", type=int, help="sequences per process and forward pass; the rest is gradient accumulation")
-    add("--warmup-steps", type=int, help="linear warm-up (default: a tenth of --steps), then cosine")
-    add("--min-lr-ratio", type=float, default=0.1, help="the cosine ends at this fraction of the learning rate")
-    add("--seed", type=int, default=0, help="of initial weights and data order")
-
-    add = parser.add_argument_group("output").add_argument
-    add("--output", required=True, help="new directory for metrics, summary, checkpoint and model")
-    add("--log-every", type=int, default=10)
-    add("--eval-every", type=int, default=0, help="0: only at the end")
-    add("--eval-tokens", type=int, help="use only this many held-out tokens (default: all; 10M with --dataset)")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
-    return parser
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

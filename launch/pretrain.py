@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Pre-train a causal language model with a low-rank (or any) optimizer, under DeepSpeed or plain torch.
+"""Pre-train a causal language model with a low-rank (or any) optimizer, under DeepSpeed, DDP or FSDP.
 
     deepspeed --num_gpus 2 launch/pretrain.py --deepspeed_config ds_configs/zero2_fira.json \
         --model ds_configs/models/llama_60m.json --tokenizer DIR \
         --train-data 'c4/train.*.json.gz' --valid-data 'c4/valid.*.json.gz' \
         --steps 10000 --batch-size 512 --micro-batch 64 --output runs/fira_60m
 
-    torchrun --nproc-per-node 2 launch/pretrain.py --optimizer FiraAdamW --lr 0.01 --rank 128 ...
+    torchrun --nproc-per-node 2 launch/pretrain.py --engine fsdp2 --optimizer FiraAdamW --lr 0.01 --rank 128 ...
 
-OUTPUT receives metrics.jsonl, summary.json, checkpoint/ (DeepSpeed's format) and model/ (a HF directory).
+OUTPUT receives metrics.jsonl, summary.json, checkpoint/ (of the engine's kind) and model/ (a HF directory).
 """
 
 import importlib.metadata
