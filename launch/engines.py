@@ -1,95 +1,39 @@
-"""The two ways to train: a DeepSpeed engine built from a ds_config, or plain torch (DDP for several processes).
+"""The ways to train: a DeepSpeed engine built from a ds_config, or plain torch under DDP, FSDP2, HSDP or FSDP1.
 
-Both offer `module`, `optimizer`, `watch`, `train_step(batches)`, `logits(ids)` and `save(directory, state)`.
-This is the only file here that knows lowrank_ds.
+All offer `optimizer`, `watch`, `train_step(batches)`, `logits(ids)`, `weights(keep)` and `save(directory, state)`.
+`module` has the parameters and Hugging Face's methods; `parameters` is how many weights the whole model has.
 """
 
-import math
 import os
-import socket
-from contextlib import nullcontext
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-import lowrank_ds  # makes the optimizers known by name to torch.optim and DeepSpeed
-from launch.model import weight_groups
+import lowrank_ds
+from launch.model import parameter_count, whole_weights
+from launch.optimizers import end_names, weight_groups
+from launch.processes import Processes
 from launch.progress import StopWatch
 
 
-@dataclass(frozen=True)
-class Processes:
-    """This process among all of them, and its device."""
+class Trainer(ABC):
+    """What all engines share."""
 
-    rank: int
-    world: int
-    local_rank: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files and prints."""
-        return self.rank == 0
-
-    def mean(self, value: torch.Tensor) -> float:
-        """Mean over processes of a scalar tensor."""
-        if self.world > 1:
-            dist.all_reduce(value)
-        return value.item() / self.world
-
-    def gather(self, value: int) -> list[int]:
-        """One number from each process, on every process."""
-        numbers = [value]
-        if self.world > 1:
-            numbers = [None] * self.world
-            dist.all_gather_object(numbers, value)
-        return numbers
-
-
-def find_processes() -> Processes:
-    """Read the launcher's environment; a process started by hand becomes a world of one."""
-    if "RANK" not in os.environ:
-        for variable in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-            if int(os.environ.get(variable, "1")) > 1:
-                raise SystemExit(
-                    f"{variable} is {os.environ[variable]} but RANK is not set: each process would train alone. "
-                    "Start with deepspeed or torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
-                )
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
-    else:
-        device = torch.device("cpu")
-        if "OMP_NUM_THREADS" not in os.environ:
-            local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
-    return Processes(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device)
-
-
-def warmup_cosine(steps: int, warmup: int, floor: float):
-    """Factor on the learning rate at a 0-based step: linear up to 1, then half a cosine down to `floor`."""
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        done = min(1.0, (step - warmup) / max(1, steps - warmup))
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
-
-    return factor
-
-
-class Trainer:
-    """What both engines share."""
-
+    module: nn.Module
     optimizer: torch.optim.Optimizer
+
+    def __init__(self, model: nn.Module, processes: Processes):
+        self.parameters = parameter_count(model)
+        self.rank, self.world, self.device = processes.rank, processes.world, processes.device
+        self.watch = StopWatch(self.device)
 
     def lr(self) -> float:
         """Learning rate of the first parameter group for the next step."""
@@ -99,6 +43,22 @@ class Trainer:
         """Bytes of optimizer state this process holds."""
         return lowrank_ds.state_bytes(self.optimizer)
 
+    @abstractmethod
+    def train_step(self, batches: list[torch.Tensor]) -> torch.Tensor:
+        """One optimizer step; returns the mean loss of this process's micro-batches, on the device."""
+
+    @abstractmethod
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Model output in evaluation mode."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Whole weights on the CPU of the main process, {} elsewhere; call it on every process."""
+
+    @abstractmethod
+    def save(self, directory: Path, state: dict) -> None:
+        """Write a checkpoint with everything needed to go on, and `state`; call it on every process."""
+
 
 class DeepSpeedTrainer(Trainer):
     """A DeepSpeed engine; the ds_config names the optimizer, which `import lowrank_ds` has made known."""
@@ -106,17 +66,16 @@ class DeepSpeedTrainer(Trainer):
     def __init__(self, model: nn.Module, config: dict, factor, embed_lr: float | None, processes: Processes):
         import deepspeed
 
+        super().__init__(model, processes)
         # A "scheduler" section in the ds_config is the user's wish: then ours stays out.
         schedule = None if "scheduler" in config else lambda base: torch.optim.lr_scheduler.LambdaLR(base, factor)
+        groups = weight_groups(model, embed_lr, end_names(model))
         self.engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=weight_groups(model, embed_lr), config=config, lr_scheduler=schedule
+            model=model, model_parameters=groups, config=config, lr_scheduler=schedule
         )
         self.module, self.optimizer = self.engine.module, self.engine.basic_optimizer
-        self.device = processes.device
-        self.watch = StopWatch(self.device)
 
     def train_step(self, batches: list[torch.Tensor]) -> torch.Tensor:
-        """One optimizer step; returns the mean loss of this process's micro-batches, on the device."""
         self.engine.train()
         total, start = 0.0, self.watch.mark()
         for ids in batches:
@@ -130,9 +89,11 @@ class DeepSpeedTrainer(Trainer):
         return total / len(batches)
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """Model output in evaluation mode."""
         self.engine.eval()
         return self.engine(input_ids=ids).logits
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return whole_weights(self.module, keep=self.rank == 0)
 
     def save(self, directory: Path, state: dict) -> None:
         """A DeepSpeed checkpoint; `state` comes back as client_state on load."""
@@ -140,30 +101,46 @@ class DeepSpeedTrainer(Trainer):
 
 
 class TorchTrainer(Trainer):
-    """Plain torch: one process, or DistributedDataParallel."""
+    """The training loop of plain torch; a subclass says how its engine wraps, accumulates, clips and saves."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, factor, clip: float, processes: Processes):
-        self.module, self.optimizer, self.clip = model, optimizer, clip
-        self.rank, self.device = processes.rank, processes.device
-        ids = [processes.local_rank] if self.device.type == "cuda" else None
-        self.model = nn.parallel.DistributedDataParallel(model, device_ids=ids) if processes.world > 1 else model
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        self.watch = StopWatch(self.device)
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer_of: Callable[[nn.Module, set[str]], torch.optim.Optimizer],
+        factor: Callable[[int], float],
+        clip: float,
+        processes: Processes,
+    ):
+        """optimizer_of: makes the optimizer from the wrapped model and the names of its embeddings, head and norms."""
+        super().__init__(model, processes)
+        self.clip, ends = clip, end_names(model)
+        self.module, self.model = self.wrap(model)
+        self.optimizer = optimizer_of(self.module, ends)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+
+    @abstractmethod
+    def wrap(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """(what holds the parameters to optimize and has Hugging Face's methods, what is called)."""
+
+    @abstractmethod
+    def accumulating(self, last: bool) -> AbstractContextManager:
+        """Context of one micro-batch: gradients are summed over processes after the `last` one, once a step."""
+
+    @abstractmethod
+    def clip_gradients(self, norm: float) -> None:
+        """Scale gradients down to this global norm."""
 
     def train_step(self, batches: list[torch.Tensor]) -> torch.Tensor:
-        """One optimizer step; returns the mean loss of this process's micro-batches, on the device."""
         self.model.train()
         total, start = 0.0, self.watch.mark()
         for number, ids in enumerate(batches, 1):
             ids = ids.to(self.device, non_blocking=True)
-            # Gradients are summed over processes once a step, not once a micro-batch.
-            wait = number < len(batches) and self.model is not self.module
-            with self.model.no_sync() if wait else nullcontext():
+            with self.accumulating(last=number == len(batches)):
                 loss = self.model(input_ids=ids, labels=ids).loss
                 (loss / len(batches)).backward()
             total = total + loss.detach()
         if self.clip:
-            nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
+            self.clip_gradients(self.clip)
         middle = self.watch.mark()
         self.optimizer.step()
         self.watch.add(start, middle, self.watch.mark())
@@ -172,38 +149,127 @@ class TorchTrainer(Trainer):
         return total / len(batches)
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """Model output in evaluation mode."""
-        self.module.eval()
-        return self.module(input_ids=ids).logits
+        self.model.eval()
+        return self.model(input_ids=ids).logits
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        # Weights that are on the CPU already FSDP1 would "offload" without a copy, and free: a crash (torch 2.13).
+        options = StateDictOptions(full_state_dict=True, cpu_offload=self.device.type != "cpu")
+        whole = get_model_state_dict(self.model, options=options)
+        return whole if self.rank == 0 else {}
+
+
+class DdpTrainer(TorchTrainer):
+    """One process, or DistributedDataParallel: every process holds the model and all of the optimizer's state."""
+
+    def wrap(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
+        model = model.to(self.device)
+        ids = [self.device] if self.device.type == "cuda" else None
+        return model, nn.parallel.DistributedDataParallel(model, device_ids=ids) if self.world > 1 else model
+
+    def accumulating(self, last: bool) -> AbstractContextManager:
+        return nullcontext() if last or self.world == 1 else self.model.no_sync()
+
+    def clip_gradients(self, norm: float) -> None:
+        nn.utils.clip_grad_norm_(self.module.parameters(), norm)
 
     def save(self, directory: Path, state: dict) -> None:
-        """Weights and schedule from the main process, optimizer state from each process (it may differ)."""
+        """See `save_distributed`."""
+        save_distributed(directory, self, state)
+
+
+class Fsdp2Trainer(TorchTrainer):
+    """`fully_shard` of each decoder layer and of the rest; over a two-dimensional mesh that is HSDP."""
+
+    def __init__(self, *arguments, mesh: DeviceMesh, bf16: bool):
+        self.mesh, self.bf16 = mesh, bf16
+        super().__init__(*arguments)
+
+    def wrap(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        # Weights and their sums stay fp32; each layer is gathered and computed in bf16.
+        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if self.bf16 else MixedPrecisionPolicy()
+        kinds = layer_classes(model)
+        for layer in [part for part in model.modules() if isinstance(part, kinds)]:
+            fully_shard(layer, mesh=self.mesh, mp_policy=precision)  # also moves it to the device
+        fully_shard(model, mesh=self.mesh, mp_policy=precision)
+        return model, model
+
+    def accumulating(self, last: bool) -> AbstractContextManager:
+        self.model.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def clip_gradients(self, norm: float) -> None:
+        nn.utils.clip_grad_norm_(self.module.parameters(), norm)
+
+    def save(self, directory: Path, state: dict) -> None:
+        """See `save_distributed`."""
+        save_distributed(directory, self, state)
+
+
+class Fsdp1Trainer(TorchTrainer):
+    """FullyShardedDataParallel, one unit a decoder layer; lowrank_ds needs `use_orig_params` and the wrapped model."""
+
+    def __init__(self, *arguments, bf16: bool):
+        self.bf16 = bf16
+        super().__init__(*arguments)
+
+    def wrap(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
+        from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+        from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+        wrapped = FullyShardedDataParallel(
+            model,
+            use_orig_params=True,
+            device_id=self.device,
+            auto_wrap_policy=ModuleWrapPolicy(set(layer_classes(model))),
+            mixed_precision=MixedPrecision(torch.bfloat16, torch.float32) if self.bf16 else None,
+        )
+        return wrapped, wrapped  # it passes on what it does not know itself, such as save_pretrained
+
+    def accumulating(self, last: bool) -> AbstractContextManager:
+        return nullcontext() if last else self.model.no_sync()
+
+    def clip_gradients(self, norm: float) -> None:
+        self.model.clip_grad_norm_(norm)
+
+    def save(self, directory: Path, state: dict) -> None:
+        """Weights and schedule in one file, each process's optimizer state in its own.
+
+        FSDP1 gathers only state that has its parameter's shape; these files resume at the same number of processes.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         torch.save(self.optimizer.state_dict(), directory / f"optimizer_rank{self.rank}.pt")
+        weights = self.weights()
         if self.rank == 0:
-            content = {"model": self.module.state_dict(), "schedule": self.schedule.state_dict(), **state}
+            content = {"model": weights, "schedule": self.schedule.state_dict(), **state}
             torch.save(content, directory / "model.pt")
 
 
-def torch_optimizer(name: str, model: nn.Module, overrides: dict, embed_lr: float | None) -> torch.optim.Optimizer:
-    """Optimizer by class name: lowrank_ds's get their named, projected groups, torch's get plain ones."""
-    if "lr" not in overrides:
-        raise SystemExit(f"--optimizer {name} needs --lr")
-    low_rank, options = getattr(lowrank_ds, name, None), dict(overrides)
-    if low_rank is None:
-        if not isinstance(getattr(torch.optim, name, None), type):
-            raise SystemExit(f"--optimizer {name}: neither lowrank_ds nor torch.optim has it")
-        return _construct(getattr(torch.optim, name), weight_groups(model, embed_lr), options)
-    selection = {key: options.pop(key) for key in ("rank", "target_modules") if key in options}
-    groups = lowrank_ds.param_groups(model, **selection)
-    for group in groups:
-        if embed_lr is not None and "rank" not in group:
-            group["lr"] = embed_lr
-    return _construct(low_rank, groups, options)
+def layer_classes(model: nn.Module) -> tuple[type[nn.Module], ...]:
+    """Classes of the decoder layers, the units of sharding: those transformers never splits over devices."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return tuple({type(part) for part in model.modules() if type(part).__name__ in names})
 
 
-def _construct(kind: type, groups: list[dict], options: dict) -> torch.optim.Optimizer:
-    try:
-        return kind(groups, **options)
-    except (TypeError, ValueError) as error:
-        raise SystemExit(f"--optimizer {kind.__name__} refuses --optimizer-args: {error}") from None
+def hybrid_mesh(processes: Processes, copy: int | None) -> DeviceMesh:
+    """Mesh of (copies, processes that share one); copy: how many these are, by default the processes of one host."""
+    copy = copy or int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", 0))  # torchrun, deepspeed
+    if not copy:
+        raise SystemExit("--engine hsdp: LOCAL_WORLD_SIZE is not set; give --hsdp-shard N, the processes of one host")
+    if processes.world % copy:
+        raise SystemExit(f"--hsdp-shard {copy} does not divide the {processes.world} processes")
+    names = ("replicate", "shard")
+    return init_device_mesh(processes.device.type, (processes.world // copy, copy), mesh_dim_names=names)
+
+
+def save_distributed(directory: Path, trainer: TorchTrainer, state: dict) -> None:
+    """A checkpoint of torch.distributed.checkpoint: every process writes what it holds, any number may load it."""
+    content = {
+        "model": get_model_state_dict(trainer.model),
+        "optimizer": get_optimizer_state_dict(trainer.model, trainer.optimizer),
+        "schedule": trainer.schedule.state_dict(),
+        "progress": state,
+    }
+    dcp.save(content, checkpoint_id=directory, no_dist=not dist.is_initialized())

@@ -68,17 +68,6 @@ def draw_weights(model: nn.Module, seed: int) -> None:
                 model._init_weights(module)
 
 
-def weight_groups(model: nn.Module, embed_lr: float | None) -> list[dict]:
-    """Parameter groups: one, or two when embeddings, output head and 1-D weights get their own learning rate."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if embed_lr is None:
-        return [{"params": trainable}]
-    ends = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer}
-    plain = [p for p in trainable if id(p) in ends or len(full_shape(p)) < 2]
-    chosen = {id(p) for p in plain}
-    return [{"params": [p for p in trainable if id(p) not in chosen]}, {"params": plain, "lr": embed_lr}]
-
-
 def full_shape(parameter: nn.Parameter) -> torch.Size:
     """Shape of the whole parameter; ZeRO-3 leaves an empty tensor in its place and keeps the shape beside it."""
     return getattr(parameter, "ds_shape", parameter.shape)
@@ -111,14 +100,12 @@ def _gathered(parameters: list[nn.Parameter], modifier_rank: int | None = None):
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
 
 
-def save_model(model: nn.Module, tokenizer, directory: Path, is_main: bool) -> None:
-    """HF model directory (weights, config, tokenizer), loadable by from_pretrained; call it on every process."""
+def save_model(model: nn.Module, weights: dict[str, torch.Tensor], tokenizer, directory: Path) -> None:
+    """HF model directory (weights, config, tokenizer), loadable by from_pretrained; call it on the main process."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    weights = whole_weights(model, keep=is_main)
-    if is_main:
-        model.config.use_cache = True
-        model.save_pretrained(directory, state_dict=weights)
-        tokenizer.save_pretrained(directory)
-        model.config.use_cache = False
+    model.config.use_cache = True
+    model.save_pretrained(directory, state_dict=weights)
+    tokenizer.save_pretrained(directory)
+    model.config.use_cache = False

@@ -1,9 +1,13 @@
 """Command line of pretrain.py: the flags, and checks whose messages say which flag to change."""
 
 import argparse
+import difflib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+ENGINES = ("ddp", "fsdp1", "fsdp2", "hsdp", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class BatchPlan:
 def build_parser() -> argparse.ArgumentParser:
     """All flags of pretrain.py."""
     parser = argparse.ArgumentParser(description="Pre-train a causal LM with any torch.optim or lowrank_ds optimizer.")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with these flags as keys; the command line wins")
     add = parser.add_argument_group("model and text").add_argument
     add("--model", required=True, help="HF config as a .json file (from scratch), or a HF model directory")
     add("--tokenizer", required=True, help="HF tokenizer directory, or a SentencePiece BPE .model file")
@@ -43,17 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seq-len", type=int, default=256, help="tokens per sequence (documents are packed)")
     add("--cache-dir", default=".cache/tokens", help="where tokenised local data is kept")
 
-    add = parser.add_argument_group("optimizer and engine").add_argument
-    add("--deepspeed_config", "--deepspeed-config", help="ds_config JSON; it names the optimizer")
-    add("--optimizer", help="without DeepSpeed (one process, or DDP under torchrun): class name, e.g. FiraAdamW")
-    add("--optimizer-args", type=json.loads, default={}, metavar="JSON", help="overrides, e.g. '{\"alpha\": 0.25}'")
-    add("--lr", type=float, help="learning rate (default: the ds_config's)")
-    add("--rank", type=int, help="rank of the subspaces (default: the ds_config's)")
-    add("--embed-lr", type=float, help="learning rate of embeddings, lm_head and norms (default: the same as --lr)")
-    add("--gradient-clipping", type=float, help="global norm, 0 = off (default: the ds_config's, else 0)")
-    add("--dtype", choices=["fp32", "bf16"], help="default: the ds_config's; without one bf16 on GPUs, fp32 on CPUs")
-    add("--activation-checkpointing", action="store_true", help="recompute each layer in the backward pass")
-
+    _add_engine_flags(parser)
     add = parser.add_argument_group("schedule").add_argument
     add("--steps", type=int, required=True, help="optimizer steps")
     add("--batch-size", type=int, help="sequences per optimizer step, over all processes")
@@ -71,26 +66,99 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("optimizer and engine").add_argument
+    add("--engine", choices=ENGINES, help="how the model is shared by processes (default: deepspeed with "
+        "--deepspeed_config, else ddp; ddp with one process is plain torch)")  # fmt: skip
+    add("--deepspeed_config", "--deepspeed-config", help="ds_config JSON; it names the optimizer")
+    add("--hsdp-shard", type=int, metavar="N", help="hsdp: processes that share one copy of the model (default: those "
+        "of one host, LOCAL_WORLD_SIZE)")  # fmt: skip
+    add("--optimizer", help="without DeepSpeed: class name, e.g. FiraAdamW")
+    add("--optimizer-args", type=json.loads, default={}, metavar="JSON", help="overrides, e.g. '{\"alpha\": 0.25}'")
+    add("--lr", type=float, help="learning rate (default: the ds_config's)")
+    add("--rank", type=int, help="rank of the subspaces (default: the ds_config's)")
+    add("--embed-lr", type=float, help="learning rate of embeddings, lm_head and norms (default: the same as --lr)")
+    add("--gradient-clipping", type=float, help="global norm, 0 = off (default: the ds_config's, else 0)")
+    add("--dtype", choices=["fp32", "bf16"], help="default: the ds_config's; without one bf16 on GPUs, fp32 on CPUs. "
+        "bf16 is fp32 master weights computed in bf16 under fsdp1, fsdp2, hsdp and DeepSpeed; under ddp the weights "
+        "themselves are bf16")  # fmt: skip
+    add("--activation-checkpointing", action="store_true", help="recompute each layer in the backward pass")
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parsed and checked flags."""
     parser = build_parser()
-    args = parser.parse_args(argv)
-    if bool(args.deepspeed_config) == bool(args.optimizer):
-        parser.error("give either --deepspeed_config FILE (the file names the optimizer) or --optimizer NAME")
+    argv = sys.argv[1:] if argv is None else argv
+    early = argparse.ArgumentParser(add_help=False)
+    early.add_argument("--config")
+    config = early.parse_known_args(argv)[0].config
+    args = parser.parse_args([*(flags_of(parser, Path(config)) if config else []), *argv])
+    check_engine(parser, args)
     if bool(args.train_data) == bool(args.dataset):
         parser.error("give either --train-data FILES or --dataset NAME")
     if args.train_data and not args.valid_data:
         parser.error("--train-data needs --valid-data: held-out text in the same formats")
     if not isinstance(args.optimizer_args, dict):
         parser.error("--optimizer-args must be a JSON object such as '{\"alpha\": 0.25}'")
-    for name in ("steps", "log_every", "seq_len"):
-        if getattr(args, name) < 1:
+    for name in ("steps", "log_every", "seq_len", "hsdp_shard"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if (Path(args.output) / "metrics.jsonl").exists():
         parser.error(f"--output {args.output} already holds a run; choose another directory or delete it")
     if args.warmup_steps is None:
         args.warmup_steps = max(1, args.steps // 10)
     return args
+
+
+def check_engine(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fill in --engine, or say which flags contradict each other."""
+    if args.engine == "deepspeed" and not args.deepspeed_config:
+        parser.error("--engine deepspeed needs --deepspeed_config FILE (the file names the optimizer)")
+    if args.engine not in (None, "deepspeed") and args.deepspeed_config:
+        parser.error(f"--engine {args.engine} and --deepspeed_config contradict each other; leave one of them out")
+    if bool(args.deepspeed_config) == bool(args.optimizer):
+        parser.error("give either --deepspeed_config FILE (the file names the optimizer) or --optimizer NAME")
+    args.engine = args.engine or ("deepspeed" if args.deepspeed_config else "ddp")
+    if args.hsdp_shard is not None and args.engine != "hsdp":
+        parser.error(f"--hsdp-shard is for --engine hsdp, not {args.engine}")
+
+
+def flags_of(parser: argparse.ArgumentParser, file: Path) -> list[str]:
+    """A YAML file's settings as command-line arguments, so that they are checked like them."""
+    import yaml  # transformers needs it too
+
+    try:
+        settings = yaml.safe_load(file.read_text()) or {}
+    except FileNotFoundError:
+        parser.error(f"--config {file}: no such file")
+    except yaml.YAMLError as error:
+        parser.error(f"--config {file}: not valid YAML ({' '.join(str(error).split())})")
+    if not isinstance(settings, dict):
+        parser.error(f"--config {file}: needs lines such as 'lr: 0.01'")
+    known = {flag.lstrip("-").replace("_", "-"): flag for flag in parser._option_string_actions}
+    known = {name: flag for name, flag in known.items() if name not in ("config", "help", "h", "local-rank")}
+    arguments = []
+    for key, value in settings.items():
+        name = str(key).lstrip("-").replace("_", "-")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+            parser.error(f"--config {file}: there is no flag {key!r}; did you mean {near.replace('-', '_')!r}?")
+        arguments += as_arguments(parser, file, known[name], value)
+    return arguments
+
+
+def as_arguments(parser: argparse.ArgumentParser, file: Path, flag: str, value: object) -> list[str]:
+    """One setting; null and false leave the flag out."""
+    action = parser._option_string_actions[flag]
+    if value is None:
+        return []
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            parser.error(f"--config {file}: {flag} is true or false, not {value!r}")
+        return [flag] if value else []
+    if action.nargs == "+":
+        return [flag, *map(str, value if isinstance(value, list) else [value])]
+    return [f"{flag}={json.dumps(value) if isinstance(value, (dict, list, bool)) else value}"]
 
 
 def optimizer_overrides(args: argparse.Namespace) -> dict:

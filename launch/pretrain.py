@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Pre-train a causal language model with a low-rank (or any) optimizer, under DeepSpeed or plain torch.
+"""Pre-train a causal language model with a low-rank (or any) optimizer, under DeepSpeed, DDP or FSDP.
 
     deepspeed --num_gpus 2 launch/pretrain.py --deepspeed_config ds_configs/zero2_fira.json \
         --model ds_configs/models/llama_60m.json --tokenizer DIR \
         --train-data 'c4/train.*.json.gz' --valid-data 'c4/valid.*.json.gz' \
         --steps 10000 --batch-size 512 --micro-batch 64 --output runs/fira_60m
 
-    torchrun --nproc-per-node 2 launch/pretrain.py --optimizer FiraAdamW --lr 0.01 --rank 128 ...
+    torchrun --nproc-per-node 2 launch/pretrain.py --engine fsdp2 --optimizer FiraAdamW --lr 0.01 --rank 128 ...
 
-OUTPUT receives metrics.jsonl, summary.json, checkpoint/ (DeepSpeed's format) and model/ (a HF directory).
+OUTPUT receives metrics.jsonl, summary.json, checkpoint/ (of the engine's kind) and model/ (a HF directory).
 """
 
 import importlib.metadata
@@ -20,13 +20,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.data import LocalBatches, cut_blocks, find_files, token_cache
-from launch.engines import DeepSpeedTrainer, Processes, TorchTrainer, find_processes, torch_optimizer, warmup_cosine
+from launch.engines import DdpTrainer, DeepSpeedTrainer, Fsdp1Trainer, Fsdp2Trainer, TorchTrainer, hybrid_mesh
 from launch.evaluation import perplexity
-from launch.model import build_model, parameter_count, save_model
+from launch.model import build_model, save_model
+from launch.optimizers import torch_optimizer, warmup_cosine
 from launch.options import BatchPlan, load_ds_config, optimizer_overrides, parse
+from launch.processes import Processes, find_processes
 from launch.progress import Progress
 from launch.streaming import StreamBatches, held_out_blocks, open_stream
 from launch.tokenizer import load_tokenizer
@@ -82,14 +85,26 @@ def build_deepspeed(args, config: dict, tokenizer, factor, processes: Processes)
 
 
 def build_torch(args, tokenizer, factor, processes: Processes) -> TorchTrainer:
-    """Model, optimizer and DDP without DeepSpeed."""
+    """Model, engine and optimizer without DeepSpeed."""
     on_gpu = processes.device.type == "cuda"
-    if processes.world > 1:
+    if processes.world > 1 or args.engine != "ddp":
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
-    dtype = torch.bfloat16 if (args.dtype or ("bf16" if on_gpu else "fp32")) == "bf16" else torch.float32
-    model = _model(args, tokenizer, dtype).to(processes.device)
-    optimizer = torch_optimizer(args.optimizer, model, optimizer_overrides(args), args.embed_lr)
-    return TorchTrainer(model, optimizer, factor, args.gradient_clipping or 0.0, processes)
+    bf16 = (args.dtype or ("bf16" if on_gpu else "fp32")) == "bf16"
+    model = _model(args, tokenizer, torch.bfloat16 if bf16 and args.engine == "ddp" else torch.float32)
+
+    def optimizer_of(wrapped: torch.nn.Module, ends: set[str]) -> torch.optim.Optimizer:
+        return torch_optimizer(args.optimizer, wrapped, optimizer_overrides(args), args.embed_lr, ends)
+
+    parts = model, optimizer_of, factor, args.gradient_clipping or 0.0, processes
+    if args.engine == "ddp":
+        return DdpTrainer(*parts)
+    if args.engine == "fsdp1":
+        return Fsdp1Trainer(*parts, bf16=bf16)
+    if args.engine == "hsdp":
+        mesh = hybrid_mesh(processes, args.hsdp_shard)
+    else:
+        mesh = init_device_mesh(processes.device.type, (processes.world,), mesh_dim_names=("shard",))
+    return Fsdp2Trainer(*parts, mesh=mesh, bf16=bf16)
 
 
 def _model(args, tokenizer, dtype: torch.dtype) -> torch.nn.Module:
@@ -97,6 +112,13 @@ def _model(args, tokenizer, dtype: torch.dtype) -> torch.nn.Module:
     return build_model(
         args.model, tokenizer, seq_len=args.seq_len, seed=args.seed, dtype=dtype, checkpointing=checkpointing
     )
+
+
+def engine_name(args, config: dict | None, world: int) -> str:
+    """ "zero2", "fsdp2", ...; "plain" for one process without an engine."""
+    if config:
+        return f"zero{config.get('zero_optimization', {}).get('stage', 0)}"
+    return "plain" if args.engine == "ddp" and world == 1 else args.engine
 
 
 def train(args, trainer, batches, evaluate, progress: Progress, processes: Processes) -> float:
@@ -129,9 +151,9 @@ def summarise(args, config: dict | None, trainer, plan: BatchPlan, processes: Pr
         "optimizer_params": config["optimizer"]["params"] if config else optimizer_overrides(args),
         "lr": params["lr"],
         "embed_lr": params["lr"] if args.embed_lr is None else args.embed_lr,
-        "engine": f"zero{config.get('zero_optimization', {}).get('stage', 0)}" if config else "ddp",
+        "engine": engine_name(args, config, processes.world),
         "model": args.model,
-        "parameters": parameter_count(trainer.module),
+        "parameters": trainer.parameters,
         "steps": args.steps,
         "tokens": args.steps * plan.total * args.seq_len,
         "batch_size": plan.total,
@@ -177,7 +199,7 @@ def main() -> None:
         output.mkdir(parents=True, exist_ok=True)
         (output / "arguments.json").write_text(json.dumps({**vars(args), "ds_config": config}, indent=2) + "\n")
         print(
-            f"{type(trainer.optimizer).__name__}, {parameter_count(trainer.module):,} parameters, "
+            f"{type(trainer.optimizer).__name__}, {trainer.parameters:,} parameters, "
             f"{processes.world} x {processes.device.type}, {plan.total} x {args.seq_len} tokens a step",
             flush=True,
         )
@@ -190,7 +212,9 @@ def main() -> None:
     progress = Progress(output, args.steps, plan.total * args.seq_len, processes.is_main)
     final = train(args, trainer, batches, evaluate, progress, processes)
     trainer.save(output / "checkpoint", {"step": args.steps, "samples": args.steps * plan.total, "seed": args.seed})
-    save_model(trainer.module, tokenizer, output / "model", processes.is_main)
+    weights = trainer.weights()
+    if processes.is_main:
+        save_model(trainer.module, weights, tokenizer, output / "model")
     summary = summarise(args, config, trainer, plan, processes)
     if processes.is_main:
         summary |= {"perplexity": final, "held_out_tokens": held_out.size, "tokens_per_s": progress.tokens_per_second()}

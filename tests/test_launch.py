@@ -11,13 +11,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
 
 import lowrank_ds  # noqa: F401  the ds_configs name its optimizers
 from ds_configs import generate
 from launch import prepare_corpus
 from launch.data import BlockOrder, LocalBatches, cut_blocks, read_documents
+from launch.engines import DdpTrainer, Fsdp1Trainer, Fsdp2Trainer, TorchTrainer, hybrid_mesh
+from launch.model import read_config
+from launch.optimizers import torch_optimizer
 from launch.options import BatchPlan, parse
+from launch.processes import Processes
 from tests.cluster import launch, quiet_deepspeed, tiny_llama
+from tests.training import largest_difference
 
 ROOT = Path(__file__).parents[1]
 DS_CONFIGS = sorted(path.name for path in (ROOT / "ds_configs").glob("zero*.json"))
@@ -117,6 +132,13 @@ def test_text_formats_give_the_same_documents(tmp_path: Path) -> None:
         (["--optimizer", "X"], "give either --train-data FILES or --dataset NAME"),
         (["--optimizer", "X", "--train-data", "a"], "--train-data needs --valid-data"),
         (["--optimizer", "X", "--dataset", "c4", "--steps", "0"], "--steps must be at least 1"),
+        (["--engine", "fsdp2", "--deepspeed_config", "z"], "--engine fsdp2 and --deepspeed_config contradict each"),
+        (["--engine", "deepspeed", "--optimizer", "X"], "--engine deepspeed needs --deepspeed_config FILE"),
+        (
+            ["--engine", "fsdp2", "--optimizer", "X", "--hsdp-shard", "2"],
+            "--hsdp-shard is for --engine hsdp, not fsdp2",
+        ),
+        (["--engine", "fsdp3", "--optimizer", "X"], "invalid choice: 'fsdp3'"),
     ],
 )
 def test_pretrain_flags_are_checked(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
@@ -124,6 +146,55 @@ def test_pretrain_flags_are_checked(arguments: list[str], message: str, capsys: 
     with pytest.raises(SystemExit):
         parse(["--model", "m", "--tokenizer", "t", "--steps", "1", "--output", "o", *arguments])
     assert message in capsys.readouterr().err
+
+
+REQUIRED = {"model": "m", "tokenizer": "t", "steps": 9, "output": "o", "dataset": "c4"}
+
+
+def test_a_yaml_file_holds_the_same_flags(tmp_path: Path) -> None:
+    """Types and lists as on the command line, which wins; the engine follows from the rest."""
+    file, ds_config = tmp_path / "run.yaml", {**REQUIRED, "deepspeed-config": "z.json"}
+    settings = {**REQUIRED, "optimizer": "FiraAdamW", "lr": "1e-3", "optimizer_args": {"alpha": 0.5}, "engine": "fsdp2"}
+    more = {"activation-checkpointing": True, "rank": None, "valid_data": ["a", "b"]}
+    file.write_text(json.dumps({**settings, **more}))  # JSON is YAML
+    args = parse(["--config", str(file), "--steps", "5"])
+    assert (args.steps, args.lr, args.rank, args.seed) == (5, 1e-3, None, 0)
+    assert args.optimizer_args == {"alpha": 0.5} and args.valid_data == ["a", "b"] and args.activation_checkpointing
+    assert args.engine == "fsdp2" and parse([f"--config={file}", "--engine", "ddp"]).engine == "ddp"
+    file.write_text(json.dumps(ds_config))
+    assert parse(["--config", str(file)]).engine == "deepspeed"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate: 1\nlr: 1", "there is no flag 'learning_rate'; did you mean 'min_lr_ratio'?"),
+        ("step: 1", "there is no flag 'step'; did you mean 'steps'?"),
+        ("steps: many", "argument --steps: invalid int value: 'many'"),
+        ("activation_checkpointing: 3", "--activation-checkpointing is true or false, not 3"),
+        ("- steps", "needs lines such as 'lr: 0.01'"),
+        ("steps: [1", "not valid YAML"),
+        (None, "no such file"),
+    ],
+)
+def test_yaml_mistakes_are_named(text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """An unknown key with the nearest flag, a bad value as on the command line."""
+    if text is not None:
+        (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        parse(["--config", str(tmp_path / "run.yaml")])
+    assert message in capsys.readouterr().err
+
+
+def test_hsdp_copies_must_divide_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names the flag; without a launcher's variables the flag is asked for."""
+    four = Processes(0, 4, 0, torch.device("cpu"))
+    with pytest.raises(SystemExit, match="--hsdp-shard 3 does not divide the 4 processes"):
+        hybrid_mesh(four, 3)
+    for variable in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(SystemExit, match="give --hsdp-shard N"):
+        hybrid_mesh(four, None)
 
 
 # --- configs ------------------------------------------------------------
@@ -152,10 +223,8 @@ def accepted(rank: int, world: int) -> dict[str, str]:
     return found
 
 
-def tiny_batch():
+def tiny_batch() -> torch.Tensor:
     """Two sequences."""
-    import torch
-
     return torch.randint(0, 61, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
@@ -170,27 +239,190 @@ def test_every_ds_config_is_accepted_and_projects() -> None:
 
 
 # --- whole runs ------------------------------------------------------------
-def test_engines_reach_the_same_perplexity(corpus: Path, tmp_path: Path) -> None:
-    """pretrain.py: one process, DDP, ZeRO-2 and ZeRO-3 with accumulation and checkpointing end in the same place."""
-    plain = ["--optimizer", "FiraAdamW", "--lr", 0.01, "--rank", 32, "--optimizer-args", '{"update_proj_gap": 2}']
-    zero = ["--lr", 0.01, "--rank", 32, "--optimizer-args", '{"update_proj_gap": 2}', "--deepspeed_config"]
-    runs = {
-        "one": pretrain(corpus, tmp_path / "one", *plain),
-        "ddp": pretrain(corpus, tmp_path / "ddp", *plain, "--activation-checkpointing", processes=2),
-        "zero2": pretrain(
-            corpus, tmp_path / "z2", *zero, "ds_configs/zero2_fira.json", "--micro-batch", 1, processes=2
-        ),
-        "zero3": pretrain(
-            corpus, tmp_path / "z3", *zero, "ds_configs/zero3_fira.json", "--micro-batch", 2, processes=2
-        ),
-    }
-    for name, run in runs.items():
-        assert run["perplexity"] == pytest.approx(runs["one"]["perplexity"], rel=1e-5), name
-    assert runs["zero2"]["world_size"] == 2 and len(runs["zero3"]["optimizer_state_bytes_per_rank"]) == 2
-    text = shell(sys.executable, "launch/generate.py", tmp_path / "z3" / "model", "--tokens", 5)
+FIRA = {"lr": 0.002, "rank": 32, "optimizer-args": {"update_proj_gap": 2}, "gradient-clipping": 0.5}
+RUNS = {  # name: (processes, flags beside FIRA's); where --micro-batch is smaller than a process's share: accumulation
+    "plain": (1, {}),
+    "ddp": (2, {"activation-checkpointing": True, "micro-batch": 1}),
+    "zero2": (2, {"deepspeed_config": "ds_configs/zero2_fira.json", "micro-batch": 1}),
+    "zero3": (2, {"deepspeed_config": "ds_configs/zero3_fira.json", "micro-batch": 2}),
+    "fsdp2": (2, {"engine": "fsdp2", "activation-checkpointing": True, "micro-batch": 1}),
+    "fsdp1": (2, {"engine": "fsdp1", "micro-batch": 1}),
+    "hsdp": (4, {"engine": "hsdp", "hsdp-shard": 2}),
+}
+DCP_RUNS = ("plain", "ddp", "fsdp2", "hsdp")
+
+
+@pytest.fixture(scope="module")
+def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of one short run a row of RUNS, each from a YAML file."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, (processes, flags) in RUNS.items():
+        optimizer = {} if "deepspeed_config" in flags else {"optimizer": "FiraAdamW"}
+        (folder / f"{name}.yaml").write_text(json.dumps({**FIRA, **optimizer, **flags}))
+        pretrain(corpus, folder / name, "--config", folder / f"{name}.yaml", processes=processes)
+    return folder
+
+
+def summary(run: Path) -> dict:
+    """summary.json."""
+    return json.loads((run / "summary.json").read_text())
+
+
+def saved_weights(run: Path) -> dict[str, torch.Tensor]:
+    """The weights in model/, as transformers loads them."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(run / "model").state_dict()
+
+
+def test_engines_end_in_the_same_place(runs: Path, capsys: pytest.CaptureFixture) -> None:
+    """Held-out perplexity and weights of every engine, accumulating, clipping and checkpointing, are those of one."""
+    expected, differences = saved_weights(runs / "plain"), {}
+    for name, (processes, _) in RUNS.items():
+        run = summary(runs / name)
+        assert run["engine"] == name and len(run["optimizer_state_bytes_per_rank"]) == processes
+        assert run["perplexity"] == pytest.approx(summary(runs / "plain")["perplexity"], rel=1e-5), name
+        differences[name] = largest_difference(saved_weights(runs / name), expected)
+    with capsys.disabled():
+        print("\npretrain.py, weights against one process:", {n: f"{d:.1e}" for n, d in differences.items()})
+    assert all(difference <= 1e-5 for difference in differences.values()), differences
+
+
+def test_sharded_engines_share_the_state(runs: Path) -> None:
+    """Bytes of optimizer state: all of it on each process under DDP, half of it where two share a copy."""
+    whole, *_ = summary(runs / "plain")["optimizer_state_bytes_per_rank"]
+    for name, parts in {"ddp": 1, "fsdp2": 2, "fsdp1": 2, "hsdp": 2}.items():
+        assert max(summary(runs / name)["optimizer_state_bytes_per_rank"]) == pytest.approx(whole / parts, rel=0.03)
+
+
+def test_models_are_ordinary_hugging_face_directories(runs: Path) -> None:
+    """Class and precision in config.json are not the engine's, and the model writes text."""
+    for name in RUNS:
+        config = json.loads((runs / name / "model" / "config.json").read_text())
+        assert (config["architectures"], config["dtype"]) == (["LlamaForCausalLM"], "float32"), name
+    text = shell(sys.executable, "launch/generate.py", runs / "zero3" / "model", "--tokens", 5)
     assert text.startswith("It is a truth")
 
 
+# --- checkpoints ------------------------------------------------------------
+def fresh(
+    runs: Path, kind: type, processes: Processes, optimizer: str = "FiraAdamW", **options: object
+) -> TorchTrainer:
+    """A trainer as pretrain.py builds it, with other initial weights."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(read_config(str(runs / "plain" / "model")))
+    settings = {"lr": 1e-3, **({"rank": 32, "update_proj_gap": 2} if optimizer == "FiraAdamW" else {})}
+
+    def optimizer_of(wrapped: torch.nn.Module, ends: set[str]) -> torch.optim.Optimizer:
+        return torch_optimizer(optimizer, wrapped, settings, 1e-2, ends)
+
+    return kind(model, optimizer_of, lambda step: 1.0, 0.0, processes, **options)
+
+
+def load_distributed(trainer: TorchTrainer, folder: Path) -> dict:
+    """dcp.load as a reader of docs/engines.md would; returns the rest of the checkpoint."""
+    model, optimizer = trainer.module, trainer.optimizer
+    found = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "schedule": trainer.schedule.state_dict(),
+        "progress": {"step": 0, "samples": 0, "seed": 0},
+    }
+    dcp.load(found, checkpoint_id=folder, no_dist=not torch.distributed.is_initialized())
+    set_model_state_dict(model, found["model"])
+    set_optimizer_state_dict(model, optimizer, found["optimizer"])
+    return found
+
+
+def whole_state(trainer: TorchTrainer) -> dict[str, torch.Tensor]:
+    """{"parameter.key": whole tensor} of the optimizer's state."""
+    options = StateDictOptions(full_state_dict=True)
+    state = get_optimizer_state_dict(trainer.module, trainer.optimizer, options=options)["state"]
+    return {f"{name}.{key}": value.clone() for name, own in state.items() for key, value in own.items()}
+
+
+def load_sharded(rank: int, world: int, runs: Path) -> dict:
+    """What two processes find in the checkpoints of fsdp2 and fsdp1, and what `in_bf16` finds."""
+    processes, mesh = Processes(rank, world, rank, torch.device("cpu")), init_device_mesh("cpu", (world,))
+    two = fresh(runs, Fsdp2Trainer, processes, mesh=mesh, bf16=False)
+    load_distributed(two, runs / "fsdp2" / "checkpoint")
+    one, folder = fresh(runs, Fsdp1Trainer, processes, bf16=False), runs / "fsdp1" / "checkpoint"
+    whole = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(one.model, torch.load(folder / "model.pt")["model"], options=whole)
+    saved = torch.load(folder / f"optimizer_rank{rank}.pt")
+    one.optimizer.load_state_dict(saved)
+    return {
+        "fsdp2": (two.weights(), whole_state(two)),
+        "fsdp1": (one.weights(), flat(one.optimizer.state_dict()), flat(saved)),
+        "bf16": [
+            in_bf16(fresh(runs, Fsdp2Trainer, processes, "AdamW", mesh=mesh, bf16=True)),
+            in_bf16(fresh(runs, Fsdp1Trainer, processes, "AdamW", bf16=True)),
+        ],
+    }
+
+
+def in_bf16(trainer: TorchTrainer) -> tuple:
+    """After one step: (dtypes of weights and state, dtype of the logits, {learning rate: how many parameters})."""
+    ids = torch.arange(64).reshape(2, 32)
+    trainer.train_step([ids])
+    state = [value for own in trainer.optimizer.state.values() for value in own.values()]
+    dtypes = {tensor.dtype for tensor in [*trainer.module.parameters(), *state]}
+    rates = {group["lr"]: len(group["params"]) for group in trainer.optimizer.param_groups}
+    with torch.no_grad():
+        return dtypes, trainer.logits(ids).dtype, rates
+
+
+def flat(state: dict) -> dict[str, torch.Tensor]:
+    """{"index.key": tensor} of an optimizer's state_dict()."""
+    return {f"{i}.{key}": value for i, own in state["state"].items() for key, value in own.items()}
+
+
+@pytest.fixture(scope="module")
+def unwrapped(runs: Path) -> dict[str, tuple[dict, dict, dict]]:
+    """{run: (weights, state, the rest)} of DCP checkpoints, loaded into a model that no engine has wrapped."""
+    found = {}
+    for name in DCP_RUNS:
+        trainer = fresh(runs, DdpTrainer, Processes(0, 1, 0, torch.device("cpu")))
+        rest = load_distributed(trainer, runs / name / "checkpoint")
+        found[name] = trainer.module.state_dict(), whole_state(trainer), rest
+    return found
+
+
+def test_dcp_checkpoints_load_into_an_unwrapped_model(runs: Path, unwrapped: dict) -> None:
+    """Weights are model/'s, bit for bit; the optimizer's state is that of one process; step and schedule are there."""
+    state = unwrapped["plain"][1]
+    for name, (weights, other, rest) in unwrapped.items():
+        assert largest_difference(weights, saved_weights(runs / name)) == 0.0, name
+        assert rest["progress"] == {"step": 3, "samples": 12, "seed": 0} and rest["schedule"]["last_epoch"] == 3
+        assert state.keys() == other.keys()
+        for key, value in state.items():
+            assert (other[key] - value).abs().max() <= 1e-3 * value.abs().max(), (name, key)
+
+
+@pytest.fixture(scope="module")
+def sharded(runs: Path) -> list[dict]:
+    """`load_sharded` by two processes."""
+    return launch(2, load_sharded, runs)
+
+
+def test_sharded_checkpoints_load_into_sharded_models(runs: Path, unwrapped: dict, sharded: list[dict]) -> None:
+    """FSDP2's by two processes as by one, and FSDP1's file for each process, bit for bit."""
+    for found, expected in zip(sharded[0]["fsdp2"], unwrapped["fsdp2"], strict=False):
+        assert largest_difference(found, expected) == 0.0
+    assert largest_difference(sharded[0]["fsdp1"][0], saved_weights(runs / "fsdp1")) == 0.0
+    for rank in sharded:
+        _, loaded, saved = rank["fsdp1"]
+        assert saved and largest_difference(loaded, saved) == 0.0
+
+
+def test_bf16_keeps_fp32_weights_and_the_rates_of_each_group(sharded: list[dict]) -> None:
+    """FSDP computes in bf16 on fp32 weights; FSDP1's flattened matrices are not taken for vectors by --embed-lr."""
+    for found in (found for rank in sharded for found in rank["bf16"]):
+        assert found == ({torch.float32}, torch.bfloat16, {1e-3: 28, 1e-2: 11})
+
+
+# --- the quickstart ------------------------------------------------------------
 def test_the_quickstart_runs_end_to_end(tmp_path: Path) -> None:
     """`bash launch/quickstart.sh` in this environment, few steps: table, plot, checkpoints and models."""
     output = shell(
