@@ -17,7 +17,8 @@ from lowrank_ds.residual import Drop, ScaleGradient, ScaleResidual
 from lowrank_ds.rules import Adafactor, Adam
 from lowrank_ds.subspace import Subspace
 
-_ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0, "correct_bias": True}
+_ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0, "correct_bias": True,
+          "compile": False}  # fmt: skip
 _SVD = {"rank": 128, "update_proj_gap": 200, "subspace": "svd"}
 _ADAFACTOR = {
     "lr": None, "eps": (1e-30, 1e-3), "clip_threshold": 1.0, "decay_rate": -0.8, "beta1": None, "weight_decay": 0.0,
@@ -61,7 +62,7 @@ def _orthonormal(how: Subspace | None, what: str) -> None:
 def _adam(group: Mapping[str, Any]) -> Adam:
     if isinstance(group["eps"], (tuple, list)):
         raise ValueError(f"eps must be one number, got {group['eps']}.")
-    return Adam(tuple(group["betas"]), group["eps"], group["correct_bias"])
+    return Adam(tuple(group["betas"]), group["eps"], group["correct_bias"], group["compile"])
 
 
 def _adafactor(group: Mapping[str, Any], **fixed: Any) -> Adafactor:

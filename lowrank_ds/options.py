@@ -60,6 +60,7 @@ CHECKS: dict[str, Check] = {
         "a finite number >= 0 (Adafactor and Flora: two of them)",
     ),
     "correct_bias": _BOOLEAN,
+    "compile": _BOOLEAN,
     "rank": ((lambda v: v is None or _integer(v, 1)), "a whole number >= 1, or null to project nothing"),
     "update_proj_gap": _STEPS,
     "kappa": _STEPS,

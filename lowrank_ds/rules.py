@@ -7,7 +7,9 @@ finite: then the state must come out unchanged. Reductions over lines go through
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +26,14 @@ class Adam:
 
     N = M / (sqrt(V) + eps) with *uncorrected* moments; the bias correction sqrt(1 - b2^t) / (1 - b1^t) is returned
     beside it, because Fira's and APOLLO's limiters act on the uncorrected direction.
+
+    compiled: move the moments in one kernel made by torch.compile.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6
     correct_bias: bool = True
+    compiled: bool = False
 
     def state_shapes(self, array: Stored, lines: Axis, columns: Axis) -> dict[str, Stored]:
         """{state name: shape} for an array of shape `array`."""
@@ -36,17 +41,29 @@ class Adam:
 
     def update(self, x: Tensor, state: dict[str, Tensor], live: Tensor) -> Tensor:
         """Direction N of x (lines, width), and the moments moved in place."""
-        beta1, beta2 = self.betas
-        exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
-        exp_avg.lerp_(x, live * (1 - beta1))
-        exp_avg_sq.lerp_(x.square(), live * (1 - beta2))
-        return exp_avg / exp_avg_sq.sqrt().add_(self.eps)
+        move = _compiled_moments() if self.compiled else _moments
+        return move(x, state["exp_avg"], state["exp_avg_sq"], live, *self.betas, self.eps)
 
     def correction(self, step: int) -> float:
         """The factor of the step size at step 1, 2, ..."""
         if not self.correct_bias:
             return 1.0
         return math.sqrt(1 - self.betas[1] ** step) / (1 - self.betas[0] ** step)
+
+
+def _moments(
+    x: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, live: Tensor, beta1: float, beta2: float, eps: float
+) -> Tensor:
+    """Adam's moments moved in place, and M / (sqrt(V) + eps)."""
+    exp_avg.lerp_(x, live * (1 - beta1))
+    exp_avg_sq.lerp_(x.square(), live * (1 - beta2))
+    return exp_avg / exp_avg_sq.sqrt().add_(eps)
+
+
+@functools.cache
+def _compiled_moments() -> Callable[..., Tensor]:
+    """The same as one kernel. It sees plain local tensors, also under FSDP2 (dynamo cannot take changing DTensors)."""
+    return torch.compile(_moments, dynamic=True)
 
 
 @dataclass(frozen=True)

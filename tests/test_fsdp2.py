@@ -359,3 +359,37 @@ def wrapped_too_late(rank: int, world: int) -> list[str]:
 def test_sharding_after_the_optimizer_was_built_is_said() -> None:
     """The optimizer holds parameters that no longer train: its first step says that nothing was updated."""
     assert any("nothing was updated" in message for message in launch(2, wrapped_too_late)[0])
+
+
+def raw_dtensors(rank: int, world: int) -> dict[str, float]:
+    """{placements: difference from plain tensors} for tensor parallelism alone; gradients that are unsummed parts."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    mesh, found = init_device_mesh("cpu", (world,)), {}
+    cases = {
+        "rows": (Shard(0), Shard(0)),
+        "columns": (Shard(1), Shard(1)),
+        "unsummed": (Replicate(), Partial()),
+        "resharded": (Shard(0), Shard(1)),
+    }
+    for name, (placement, given) in cases.items():
+        torch.manual_seed(0)
+        start, grads = torch.randn(10, 6), torch.randn(4, 10, 6)
+        plain, sharded = nn.Parameter(start.clone()), nn.Parameter(distribute_tensor(start, mesh, [placement]))
+        optimizers = [lowrank_ds.FiraAdamW([("w", p)], lr=1e-2, rank=3, update_proj_gap=2) for p in (plain, sharded)]
+        for grad in grads:
+            plain.grad = grad
+            part = grad * (rank + 1) / 3 if given == Partial() else distribute_tensor(grad, mesh, [given]).to_local()
+            sharded.grad = DTensor.from_local(part, mesh, [given])
+            for optimizer in optimizers:
+                optimizer.step()
+        found[name] = (sharded.detach().full_tensor() - plain.detach()).abs().max().item()
+    return found
+
+
+def test_tensor_parallelism_alone_and_unsummed_gradients() -> None:
+    """DTensors without FSDP; gradients with other placements than their weight (sequence parallel norms)."""
+    for found in launch(2, raw_dtensors):
+        assert set(found) == {"rows", "columns", "unsummed", "resharded"}
+        assert all(difference <= 1e-6 for difference in found.values()), found
