@@ -16,6 +16,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+import lowrank_ds
+from tests import test_mixed_model as mixed
 from tests import training
 from tests.cluster import launch, tiny_llama
 
@@ -249,3 +251,77 @@ def test_state_that_does_not_fit_is_refused() -> None:
             assert "Missing key in checkpoint" in found["algorithm"]
             assert "embed_tokens.weight: the loaded 'exp_avg' has shape (3" in found["local"]
             assert "torch.distributed.checkpoint" in found["local"]
+
+
+def mixed_model(recipe: str, world: int, dim: int) -> tuple[Any, Any]:
+    """Stacked experts sharded on `dim`, a row, a column, a scalar, an unused layer: empty shards on 3 ranks."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = mixed.Mixed()
+    model.unused = torch.nn.Linear(4, 6)
+    fully_shard(model, mesh=training.mesh_of("fsdp2", world), shard_placement_fn=mixed.by_expert_dim(dim))
+    groups = mixed.groups(model)
+    groups[0]["params"].append(("unused.weight", model.unused.weight))
+    groups[2]["params"] = [(n, p) for n, p in groups[2]["params"] if n != "unused.weight"]
+    name, settings = mixed.RECIPES[recipe]
+    return model, getattr(lowrank_ds, name)(groups, lr=1e-2, **settings)
+
+
+def mixed_steps(model: Any, optimizer: Any, rank: int, world: int, steps: slice) -> dict[str, torch.Tensor]:
+    """Weights after training on some of the global batches."""
+    for batch in mixed.data()[steps]:
+        optimizer.zero_grad()
+        model(batch.chunk(world)[rank]).backward()
+        optimizer.step()
+    return training.weights_of(model)
+
+
+MIXED = [(r, d) for r in ("galore left power rotate", "fira stagger randomized", "flora") for d in (0, 1)]
+
+
+def mixed_save(rank: int, world: int, folder: str) -> dict:
+    """{(recipe, dim): (weights of the run that never stopped, of one resumed here)}; saved at step 4 of 8."""
+    found = {}
+    for recipe, dim in MIXED:
+        model, optimizer = mixed_model(recipe, world, dim)
+        mixed_steps(model, optimizer, rank, world, slice(0, 4))
+        assert all(isinstance(v, torch.Tensor) for own in optimizer.state.values() for v in own.values())
+        dcp.save(state_of(model, optimizer, False), checkpoint_id=f"{folder}/{recipe}{dim}")
+        straight = mixed_steps(model, optimizer, rank, world, slice(4, 8))
+        found[recipe, dim] = straight, mixed_resume(rank, world, folder, recipe, dim)
+    return found
+
+
+def mixed_resume(rank: int, world: int, folder: str, recipe: str, dim: int) -> dict[str, torch.Tensor]:
+    """Weights after loading and four more steps."""
+    model, optimizer = mixed_model(recipe, world, dim)
+    restore(model, optimizer, f"{folder}/{recipe}{dim}", False)
+    return mixed_steps(model, optimizer, rank, world, slice(4, 8))
+
+
+def mixed_resumes(rank: int, world: int, folder: str) -> dict:
+    """`mixed_resume` for every case."""
+    return {case: mixed_resume(rank, world, folder, *case) for case in MIXED}
+
+
+def test_experts_empty_shards_and_unused_layers_reshard() -> None:
+    """3 ranks (empty shards, whole experts here or elsewhere) save; 3 resume bit for bit, 2 within rounding."""
+    with tempfile.TemporaryDirectory() as folder:
+        saved = launch(3, mixed_save, folder)[0]
+        fewer = launch(2, mixed_resumes, folder)[0]
+    for case, (straight, resumed) in saved.items():
+        assert training.largest_difference(straight, resumed) == 0.0, case
+        assert training.largest_difference(straight, fewer[case]) <= LIMIT, case
+
+
+def test_codes_stay_codes() -> None:
+    """load_state_dict keeps the dtype of every tensor (torch's casts to the parameter's: codes become floats)."""
+    weight = torch.nn.Parameter(torch.ones(6, 4, dtype=torch.bfloat16))
+    optimizer = lowrank_ds.GaLoreAdamW([("w", weight)], lr=1e-2, rank=2)
+    optimizer.init_state()
+    saved = optimizer.state_dict()
+    saved["state"][0]["codes"] = torch.arange(12, dtype=torch.uint8).view(6, 2)
+    optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.state[weight]["codes"], saved["state"][0]["codes"])
+    assert optimizer.state[weight]["codes"].dtype == torch.uint8
+    assert optimizer.state[weight]["exp_avg"].dtype == torch.float32

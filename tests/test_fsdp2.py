@@ -393,3 +393,40 @@ def test_tensor_parallelism_alone_and_unsummed_gradients() -> None:
     for found in launch(2, raw_dtensors):
         assert set(found) == {"rows", "columns", "unsummed", "resharded"}
         assert all(difference <= 1e-6 for difference in found.values()), found
+
+
+def hooked(rank: int, world: int, kind: str) -> dict[str, torch.Tensor]:
+    """GaLore's own layer-wise recipe, one optimizer per parameter stepped by a hook, after `fully_shard`."""
+    model = tiny_llama() if kind == "one" else training.fully_sharded(kind, world)
+    plain_names = ("norm", "embed", "lm_head")
+    for name, p in model.named_parameters():
+        group = {"params": [(name, p)]} | ({} if any(x in name for x in plain_names) else {"rank": 8})
+        optimizer = lowrank_ds.GaLoreAdamW([group], lr=1e-2, update_proj_gap=training.GAP, rank=None)
+
+        def update(weight: torch.Tensor, optimizer=optimizer) -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        p.register_post_accumulate_grad_hook(update)
+    for batch in batches(STEPS):
+        mine = share(batch, rank, world)
+        model(input_ids=mine, labels=mine).loss.backward()
+    return training.weights_of(model)
+
+
+@pytest.mark.parametrize(("kind", "world"), [("fsdp2", 2), ("replicate", 2)])
+def test_hooks_registered_after_sharding_equal_steps(kind: str, world: int) -> None:
+    """FSDP2 and replicate() fire post-accumulate hooks with the reduced gradient; exact SVDs inside them too."""
+    torch.set_num_threads(1)
+    model = tiny_llama()
+    expected = loop(model, training.build("galore", model))
+    assert training.largest_difference(hooked(0, 1, "one"), expected) <= LIMIT
+    assert training.largest_difference(launch(world, hooked, kind)[0], expected) <= LIMIT
+
+
+def test_torchs_optimizer_in_backward_is_refused() -> None:
+    """_apply_optimizer_in_backward builds one optimizer per bare tensor, which no hook of FSDP2 or DDP ever steps."""
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    with pytest.raises(ValueError, match="parameter names are unknown"):
+        _apply_optimizer_in_backward(lowrank_ds.GaLoreAdamW, tiny_llama().parameters(), {"lr": 1e-2, "rank": 8})
