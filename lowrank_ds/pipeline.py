@@ -20,7 +20,8 @@ from torch import Tensor
 from lowrank_ds import linalg
 from lowrank_ds.axis import ENTRIES, SCALAR, Stored
 from lowrank_ds.job import Job, where_live, write, write_entries
-from lowrank_ds.layout import Layout, Lines
+from lowrank_ds.layout import Layout
+from lowrank_ds.lines import Lines
 from lowrank_ds.projection import Left, Right, TwoSided, choose
 from lowrank_ds.recipe import Recipe
 from lowrank_ds.requests import Exchange, Gather, Steps, Sum, ask, together

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from lowrank_ds import linalg
 from lowrank_ds.axis import Axis
-from lowrank_ds.layout import Block, Layout, Lines
+from lowrank_ds.layout import Block, Layout
+from lowrank_ds.lines import Lines
 from lowrank_ds.requests import Gather, Steps, Sum
 
 Basis = dict[str, Tensor]

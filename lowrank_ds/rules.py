@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowrank_ds.axis import Axis, Stored
-from lowrank_ds.layout import Lines
+from lowrank_ds.lines import Lines
 from lowrank_ds.requests import Gather, Steps, ask, together
 
 
