@@ -21,7 +21,7 @@ def launch(world: int, function: Callable[..., Any], *arguments: Any, timeout: f
 
     Raises AssertionError with the first failing rank's traceback; no process outlives the call.
     """
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     results: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = f"file://{folder}/store"
@@ -38,6 +38,15 @@ def launch(world: int, function: Callable[..., Any], *arguments: Any, timeout: f
                 process.join(5)
                 if process.is_alive():
                     process.kill()
+
+
+def _context() -> Any:
+    """Processes are forked from a server that has imported the heavy packages once (each would take 5-8 s for it)."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
+    return context
 
 
 def _collect(results: Any, processes: list, world: int, deadline: float) -> list[Any]:
