@@ -50,7 +50,10 @@ class _Run:
     def finish(self) -> list[Any]:
         """The results, in order."""
         while self.arrive is not None:
-            self._advance(self.arrive())
+            arrive, self.arrive = self.arrive, None
+            answers = arrive()
+            del arrive  # and the buffers it holds
+            self._advance(answers)
         return self.results
 
 
@@ -140,7 +143,7 @@ def _all_gather(gathers: dict[Any, Gather], group: Any, device: torch.device) ->
         parts += [flat, flat.new_zeros(width - flat.numel())] if width > flat.numel() else [flat]
         widths.append(width)
     outgoing = torch.cat(parts).to(wire)
-    incoming = torch.empty(world * outgoing.numel(), device=wire)
+    incoming = torch.empty(world * outgoing.numel(), dtype=torch.float32, device=wire)
     # torch 2.13 renamed it and warns about the old name.
     all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
     work = all_gather(incoming, outgoing, group=group, async_op=True)
@@ -156,14 +159,14 @@ def _all_gather(gathers: dict[Any, Gather], group: Any, device: torch.device) ->
 def _unpadded(item: Gather, column: Tensor) -> Tensor:
     """The lines (total, ...) of one gather out of what each rank sent (world, width)."""
     rest, spans = item.chunk.shape[1:], item.axis.kept
-    if any(b - a != spans[0][1] for a, b in spans) or list(spans) != sorted(spans):  # padded, or out of order
-        column = torch.cat([column[j, : (b - a) * rest.numel()] for j, (a, b) in _in_order(spans)])
+    if any(b - a != spans[0][1] for a, b in spans) or list(spans) != sorted(set(spans)):  # padded, out of order, twice
+        column = torch.cat([column[j, : (b - a) * rest.numel()] for (a, b), j in _in_order(spans)])
     return column.reshape(item.axis.total, *rest)
 
 
-def _in_order(spans: tuple[tuple[int, int], ...]) -> list[tuple[int, tuple[int, int]]]:
-    """(rank, interval) by the interval's place."""
-    return sorted(enumerate(spans), key=lambda pair: pair[1])
+def _in_order(spans: tuple[tuple[int, int], ...]) -> list[tuple[tuple[int, int], int]]:
+    """(interval, a rank that keeps it) by the interval's place; each interval once, although several may keep it."""
+    return sorted({span: rank for rank, span in enumerate(spans)}.items())
 
 
 def _all_to_all(moves: dict[Any, Exchange], group: Any, device: torch.device) -> Callable[[], dict[Any, Any]]:
@@ -172,8 +175,8 @@ def _all_to_all(moves: dict[Any, Exchange], group: Any, device: torch.device) ->
     input_splits = [sum(t.numel() for t in parts) for parts in sends]
     output_splits = [sum(x.receives.get(j, 0) for x in moves.values()) for j in range(world)]
     wire = _wire(device, group)
-    outgoing = torch.cat([torch.empty(0, device=device), *itertools.chain(*sends)]).to(wire)
-    incoming = torch.empty(sum(output_splits), device=wire)
+    outgoing = torch.cat([torch.empty(0, dtype=torch.float32, device=device), *itertools.chain(*sends)]).to(wire)
+    incoming = torch.empty(sum(output_splits), dtype=torch.float32, device=wire)
     work = dist.all_to_all_single(incoming, outgoing, output_splits, input_splits, group=group, async_op=True)
 
     def wait(_alive: Tensor = outgoing) -> dict[Any, dict[int, Tensor]]:

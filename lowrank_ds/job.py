@@ -51,9 +51,10 @@ class Job:
         """
         m, n = self.layout.shape
         how = self.recipe.subspace
-        if how is None or (self.refresh and how.method == "svd"):
-            return m * n
-        return (m + n) * how.rank
+        if how is None or self.recipe.momentum is not None:  # the rule's own temporaries
+            return 3 * m * n // self.layout.takers
+        exact = self.refresh and how.method == "svd" and self.fresh is None
+        return m * n if exact else (m + n) * how.rank
 
 
 def where_live(live: Tensor, x: Tensor) -> Tensor:

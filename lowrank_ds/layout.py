@@ -52,13 +52,23 @@ class Block(NamedTuple):
 class Mirror:
     """The ranks that hold the very same entries: replicas, on which everything but an exact SVD is computed again.
 
-    rank: this process in `group`. world: how many replicas there are.
+    rank: which replica this process belongs to, the same for all ranks of a layout's group.
+    members: the rank in `group` of each replica's process.
     """
 
     group: Any
     rank: int
-    world: int
+    members: tuple[int, ...]
     shared = True
+
+    @property
+    def world(self) -> int:
+        """How many replicas there are."""
+        return len(self.members)
+
+    def even(self, total: int) -> Axis:
+        """An axis of `total` that every process of `group` needs whole and keeps an even part of."""
+        return _even_axis(total, ((0, total),) * self.world, torch_chunks(total, self.world), self.members[self.rank])
 
 
 class Layout:
@@ -89,6 +99,12 @@ class Layout:
 
     def even(self, total: int) -> Axis:
         """An axis of `total` that every rank that takes part needs whole and keeps an even part of."""
+        known = self.__dict__.setdefault("_even_axes", {})  # asked for at every step
+        if total not in known:
+            known[total] = self._even(total)
+        return known[total]
+
+    def _even(self, total: int) -> Axis:
         raise NotImplementedError
 
     def count_of(self, rank: int) -> int:
@@ -240,8 +256,7 @@ class Flat(Layout):
         """Every holder needs all columns and keeps an even part."""
         return self.even(self.shape[1])
 
-    def even(self, total: int) -> Axis:
-        """An axis of `total` that every holder needs whole and keeps an even part of."""
+    def _even(self, total: int) -> Axis:
         k, kept = len(self.holders), [(0, 0)] * self.world
         for i, rank in enumerate(self.holders):
             kept[rank] = total * i // k, total * (i + 1) // k
@@ -361,8 +376,7 @@ class Tiled(Layout):
             return Axis(self.shape[which], touched, touched, self.rank, slice(0, stop - start), kind)
         return _even_axis(self.shape[which], touched, self._deal(self.shape[which]), self.rank, kind)
 
-    def even(self, total: int) -> Axis:
-        """An axis of `total` that every rank needs whole and keeps an even part of."""
+    def _even(self, total: int) -> Axis:
         return _even_axis(total, ((0, total),) * self.world, self._deal(total), self.rank)
 
     def _deal(self, total: int) -> tuple[Span, ...]:

@@ -37,7 +37,8 @@ class LowRankOptimizer(NamedGroups):
         """Create all state now instead of at the first step (the engine must have its final layout)."""
         for group in self.param_groups:
             for host in group["params"]:
-                self._bind(group, host)
+                if host.requires_grad:
+                    self._bind(group, host)
 
     def _bind(self, group: dict[str, Any], host: Tensor) -> list[Slot]:
         """The slots of one tensor, made when it is first met and again when its state was replaced."""
@@ -74,9 +75,10 @@ class LowRankOptimizer(NamedGroups):
         theirs = [i for group in state_dict["param_groups"] for i in group["params"]]
         for index, p in zip(theirs, ours, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
-                counter = name.split("::")[-1] in COUNTERS
+                counter = name.split("::")[-1] in COUNTERS and torch.as_tensor(value).dim() == 0
                 self.state[p][name] = torch.as_tensor(value).detach().clone().to("cpu" if counter else p.device)
         self._slots.clear()
+        self._bound.clear()
 
     def _loaded_group(self, index: int, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
         """A saved group's hyper-parameters over ours; the tensors, names and shape of the state stay ours."""
@@ -143,13 +145,15 @@ class LowRankOptimizer(NamedGroups):
         """(slot, gradient entries, weight entries) of one tensor; nothing if it has no gradient."""
         if not math.isfinite(self.learning_rate(group, 1)):
             raise ValueError(f"{type(self).__name__}: the learning rate is {group['lr']}; check the scheduler.")
+        if host.grad is None and not host.requires_grad:
+            return []  # frozen: no state either
         slots = self._bind(group, host)
         grad = self._gradient(host, slots)
         if grad is None:
             return []
         if grad.is_sparse:
             raise RuntimeError(f"{slots[0].name} has a sparse gradient; use nn.Embedding(sparse=False).")
-        weight, grad = engines.local(host.detach()), grad.detach().contiguous().view(-1)
+        weight, grad = engines.local(host).detach(), grad.detach().contiguous().view(-1)
         weight = weight if weight.is_contiguous() else self._staged(weight)
         return [(slot, slot.entries(grad), slot.entries(weight.view(-1))) for slot in slots]
 
@@ -206,7 +210,8 @@ class LowRankOptimizer(NamedGroups):
         """Choose the replica, and the rank in it, that computes an exact SVD; the same choice on every rank."""
         layout, mirror = job.layout, job.layout.mirror
         if mirror is not None:
-            job.replica = deal(loads.setdefault(mirror.group, {}), layout, mirror.world)
+            # ranks of one layout group are in different mirrors; both together see the same matrices
+            job.replica = deal(loads.setdefault((layout.group, mirror.group), {}), layout, mirror.world)
         if layout.shared and (mirror is None or job.replica == mirror.rank):
             job.owner = deal(loads.setdefault(layout.group, {}), layout, layout.world)
 

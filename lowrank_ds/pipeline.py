@@ -24,7 +24,7 @@ from lowrank_ds.layout import Layout
 from lowrank_ds.lines import Lines
 from lowrank_ds.projection import Left, Right, TwoSided, choose
 from lowrank_ds.recipe import Recipe
-from lowrank_ds.requests import Exchange, Gather, Steps, Sum, ask, together
+from lowrank_ds.requests import Gather, Steps, Sum, ask, together
 from lowrank_ds.rules import Adafactor, Adam
 from lowrank_ds.subspace import Sharded, factorize
 
@@ -117,13 +117,11 @@ def mirror_basis(job: Job, bases: dict[str, Tensor] | None) -> Steps:
     """Bring the basis of the replica that computed it (`bases` there, None elsewhere) to all replicas: `job.fresh`."""
     side, mirror = side_of(job.layout, job.recipe), job.layout.mirror
     shapes = {which: (side.basis_axes()[name].count, side.rank) for which, name in side.bases.items()}
-    if bases is not None:
-        flat = torch.cat([bases[which].reshape(-1) for which in shapes])
-        yield Exchange({j: flat for j in range(mirror.world) if j != mirror.rank}, {})
-        job.fresh = bases
-        return
     sizes = [rows * width for rows, width in shapes.values()]
-    parts = (yield Exchange({}, {job.replica: sum(sizes)}))[job.replica].split(sizes)
+    axis, like = mirror.even(sum(sizes)), job.weight.new_empty(0, dtype=torch.float32)
+    flat = None if bases is None else torch.cat([bases[which].reshape(-1, 1) for which in shapes])
+    part = yield from axis.deal(mirror.members[job.replica], flat, 1, like)  # each a part, then all gather all parts
+    parts = (yield from axis.spread(part)).view(-1).split(sizes)
     job.fresh = {which: part.view(shape) for (which, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
@@ -202,7 +200,7 @@ def _parameter_scale(job: Job) -> Steps:
     """Adafactor's max(eps, RMS(W)), 0-d; 1 when `scale_parameter` is off."""
     rule = job.recipe.rule
     if not rule.scale_parameter:
-        return torch.ones((), device=job.weight.device)
+        return torch.ones((), dtype=torch.float32, device=job.weight.device)
     total = yield Sum(linalg.row_square_sums(job.weight.view(1, -1)).sum())
     return rule.parameter_scale(total, job.layout.shape[0] * job.layout.shape[1])
 

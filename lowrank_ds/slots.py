@@ -95,27 +95,27 @@ def bind(
 
 
 def _bind_stack(host, at, recipe: Recipe, projected: bool, stack: tuple[int, int, int], store) -> list[Slot]:
-    """Slots of a DTensor: each state tensor is one DTensor, with a leading dimension for a stack of matrices."""
+    """Slots of a DTensor: each state tensor is one DTensor, with the leading dimensions of a stack of matrices."""
     count, m, n = stack
-    stacked, layout = count > 1, at.layout(m, n)
-    held, device = at.held(*stack), engines.local(host).device
+    layout, lead, device = at.layout(m, n), at.lead_here(m, n), engines.local(host).device
     slots = [
-        Slot(at.name if not stacked else f"{at.name}[{i}]", host, start, layout, projected)
+        Slot(at.name if count == 1 else f"{at.name}[{i}]", host, start, layout, projected)
         for i, start, layout in at.matrices(*stack)
     ]
     loaded = bool(store)
     for name, stored in _all_shapes(layout, recipe, projected).items():
-        here = at.here if stored.entries else (*((held,) if stacked else ()), *stored.local)
-        counter = name in COUNTERS and not stacked
+        here = at.here if stored.entries else (*lead, *stored.local)
+        counter = name in COUNTERS and not lead
         fresh = _fresh(name, here, "meta" if loaded else "cpu" if counter else device)
-        wrapped = at.wrap(fresh, stored, stack if stacked else None)
+        wrapped = at.wrap(fresh, stored, m, n)
         if loaded:
             _check_loaded(at.name, name, store, name, wrapped)
         else:
             store[name] = wrapped
         tensor = engines.local(store[name])
-        for i, slot in enumerate(slots):
-            slot.state[name] = tensor[i] if stacked else tensor
+        parts = tensor.flatten(0, len(lead) - 1) if lead else [tensor]
+        for slot, part in zip(slots, parts, strict=True):
+            slot.state[name] = part
     for slot in slots:
         slot.read_counters()
     return slots
@@ -142,7 +142,7 @@ def _all_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, St
 
 
 def _fresh(name: str, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
-    return torch.full(shape, math.inf if name == "residual_norm" else 0.0, device=device)
+    return torch.full(shape, math.inf if name == "residual_norm" else 0.0, dtype=torch.float32, device=device)
 
 
 def due(slot: Slot, recipe: Recipe) -> bool:
@@ -185,6 +185,11 @@ def _check_loaded(parameter: str, name: str, store: Mapping[str, Tensor], key: s
             f"{parameter}: the loaded {name!r} has shape {tuple(value.shape)}, expected {tuple(expected.shape)}. It "
             "was saved with another rank, proj_type or sharding; resume with the same ones, or save and load with "
             "torch.distributed.checkpoint, which reshards FSDP2 state."
+        )
+    if value.dtype != expected.dtype:
+        raise ValueError(
+            f"{parameter}: the loaded {name!r} is {value.dtype}, expected {expected.dtype}. Something cast it on the "
+            "way; load what optimizer.state_dict() gave."
         )
     found, wanted = (getattr(t, "placements", None) for t in (value, expected))
     if found != wanted:

@@ -5,8 +5,8 @@ different meshes. Mesh dimensions that replicate are ignored (gradients are the 
 columns form the group the matrix is shared over; those that shard a leading dimension (stacked experts) only say which
 matrices are here.
 
-Uses one private function of torch, `_compute_local_shape_and_global_offset`, so that intervals are what DTensor (and
-its checkpoints) say they are, uneven and strided shards included. Tested with torch 2.13.
+Uses a private function of torch, `_compute_local_shape_and_global_offset`, so that intervals are what DTensor (and its
+checkpoints) say they are, uneven and strided shards included, and `DTensorSpec`, as FSDP2 does. Tested with torch 2.13.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from lowrank_ds.axis import Span, Stored
@@ -55,6 +56,8 @@ def locate(host: DTensor, name: str) -> list[DTensorPlacement]:
     Raises:
         RuntimeError: a placement that low-rank state cannot follow, by name.
     """
+    if host.device_mesh.get_coordinate() is None:
+        return []  # this rank is not on the parameter's mesh
     unsummed = [p for p in host.placements if isinstance(p, Partial)]
     if unsummed:
         raise RuntimeError(f"{name} has the placement {unsummed[0]}: its entries are unsummed parts, not weights.")
@@ -86,6 +89,10 @@ class DTensorPlacement:
         """How many matrices of a stack are (partly) held here."""
         first, stop = self._held(count, m, n)
         return stop - first
+
+    def lead_here(self, m: int, n: int) -> tuple[int, ...]:
+        """The leading dimensions of the stack held here; () for a single matrix."""
+        return self.here[: self._leading(m, n)]
 
     def _held(self, count: int, m: int, n: int) -> Span:
         """The matrices of a stack that are held here."""
@@ -134,7 +141,10 @@ class DTensorPlacement:
         if not dims:
             return None
         group, coordinates = _group(self.mesh, dims)
-        return Mirror(group, dist.get_rank(group), len(coordinates))
+        # Numbered by mesh coordinate: on a permuted mesh the ranks in `group` are another order on each process.
+        replicas = sorted(coordinates)
+        place = replicas.index(tuple(self.mesh.get_coordinate()))
+        return Mirror(group, place, tuple(coordinates.index(coordinate) for coordinate in replicas))
 
     def _tiled(
         self, m: int, n: int, roles: tuple[str | None, ...], dims: tuple[int, ...], mirror: Mirror | None
@@ -177,26 +187,15 @@ class DTensorPlacement:
             )
 
     # -- state --------------------------------------------------------------------------------------------------------
-    def wrap(self, part: Tensor, stored: Stored, stack: tuple[int, int, int] | None = None) -> Tensor:
-        """A state tensor as DTensor, so that torch.distributed.checkpoint can save and reshard it.
-
-        Args:
-            stack: (count, m, n) when the state has a leading dimension of `count` matrices.
-        """
+    def wrap(self, part: Tensor, stored: Stored, m: int, n: int) -> Tensor:
+        """A state tensor of the parameter's m x n matrices as DTensor, so that checkpoints can save and reshard it."""
         if stored.entries:
             return self._dtensor(part, self.shape, self.placements)
-        m, n = (stack or (1, *self._matrix()))[1:]
-        lead = 1 if stack else 0
-        placements = [self._state_placement(p, stored, self._role(p, m, n), lead) for p in self.placements]
-        if not stack and stored.axis is None:
+        lead = self._leading(m, n)
+        if not lead and stored.axis is None:
             return part  # 0-d and the same on every rank
-        return self._dtensor(part, (*((stack[0],) if stack else ()), *stored.full), placements)
-
-    def _matrix(self) -> tuple[int, int]:
-        rest = 1
-        for size in self.shape[1:]:
-            rest *= size
-        return (self.shape[0], rest) if len(self.shape) > 1 else (1, self.shape[0])
+        placements = [self._state_placement(p, stored, self._role(p, m, n), lead) for p in self.placements]
+        return self._dtensor(part, (*self.shape[:lead], *stored.full), placements)
 
     def _state_placement(self, placement: Any, stored: Stored, role: str | None, lead: int) -> Any:
         if role == "lead":
@@ -207,9 +206,16 @@ class DTensorPlacement:
         return Shard(lead) if kind == "even" else _moved(placement, lead)
 
     def _dtensor(self, part: Tensor, shape: Sequence[int], placements: Sequence[Any]) -> DTensor:
+        """Like DTensor.from_local, which would move an offloaded part to the mesh's device."""
         size = torch.Size(shape)
-        stride = torch.empty(size, device="meta").stride()
-        return DTensor.from_local(part, self.mesh, list(placements), run_check=False, shape=size, stride=stride)
+        said = _offsets(size, self.mesh.shape, list(self.mesh.get_coordinate()), list(placements))[0]
+        if tuple(part.shape) != tuple(said):
+            raise RuntimeError(
+                f"{self.name}: this rank's state of shape {tuple(part.shape)} is not what DTensor says for {size} with "
+                f"{list(placements)}: {tuple(said)}. Please report this layout."
+            )
+        meta = TensorMeta(size, torch.empty(size, device="meta").stride(), part.dtype)
+        return DTensor(part, DTensorSpec(self.mesh, tuple(placements), meta), requires_grad=False)
 
 
 def _moved(placement: Any, dim: int) -> Any:

@@ -90,6 +90,9 @@ class TrainerFactory:
         settings = {**self.algorithm.OPTIONS, **self.settings(options)}
         rank, targets, exclude = (settings.pop(key) for key in ("rank", "target_modules", "exclude"))
         decay = settings.pop("weight_decay")
+        if rank is None and (targets or exclude):
+            name = self.algorithm.__name__
+            raise ValueError(f"{name}: rank=None projects nothing, but target_modules or exclude is given.")
         if rank is None:
             settings["rank"] = None
             groups = [_everything(model)]
