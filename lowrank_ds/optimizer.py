@@ -36,17 +36,20 @@ class LowRankOptimizer(NamedGroups):
     def init_state(self) -> None:
         """Create all state now instead of at the first step (the engine must have its final layout)."""
         for group in self.param_groups:
-            for host in group["params"]:
+            for index, host in enumerate(group["params"]):
                 if host.requires_grad:
-                    self._bind(group, host)
+                    self._bind(group, index)
 
-    def _bind(self, group: dict[str, Any], host: Tensor) -> list[Slot]:
+    def _bind(self, group: dict[str, Any], index: int) -> list[Slot]:
         """The slots of one tensor, made when it is first met and again when its state was replaced."""
+        hosts, names = group["params"], group["param_names"]
+        host = hosts[index]
         store = self.state[host]
         if host in self._slots and _same(self._bound[host], store):
             return self._slots[host]
-        members = [(name, self._originals[name]()) for name in group["param_names"]]
-        placements = engines.locate(host, group["params"], members, self._shapes)
+        unchanged = len(names) == len(hosts) and self._originals[names[index]]() is host
+        members = [(name, self._originals[name]()) for name in ([names[index]] if unchanged else names)]
+        placements = engines.locate(host, [host] if unchanged else hosts, members, self._shapes)
         for at in placements:
             if at.name in self._projected:
                 selection.check_rank(at.name, at.shape, group["rank"], group["matricize"])
@@ -111,8 +114,8 @@ class LowRankOptimizer(NamedGroups):
         work = [
             (slot, group, grad, weight)
             for group in self.param_groups
-            for host in group["params"]
-            for slot, grad, weight in self._work(group, host)
+            for index in range(len(group["params"]))
+            for slot, grad, weight in self._work(group, index)
         ]
         held = [p for group in self.param_groups for p in group["params"] if p.numel()]
         if held and all(p.grad is None for p in held):
@@ -141,13 +144,14 @@ class LowRankOptimizer(NamedGroups):
         shares = [Task(job.layout.mirror, pipeline.mirror_basis(job, known.get(id(job))), job.size) for job in due_now]
         run_all(shares, device, _BUCKET)
 
-    def _work(self, group: dict[str, Any], host: Tensor) -> list[tuple[Slot, Tensor, Tensor]]:
+    def _work(self, group: dict[str, Any], index: int) -> list[tuple[Slot, Tensor, Tensor]]:
         """(slot, gradient entries, weight entries) of one tensor; nothing if it has no gradient."""
         if not math.isfinite(self.learning_rate(group, 1)):
             raise ValueError(f"{type(self).__name__}: the learning rate is {group['lr']}; check the scheduler.")
+        host = group["params"][index]
         if host.grad is None and not host.requires_grad:
             return []  # frozen: no state either
-        slots = self._bind(group, host)
+        slots = self._bind(group, index)
         grad = self._gradient(host, slots)
         if grad is None:
             return []

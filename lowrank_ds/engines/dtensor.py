@@ -121,8 +121,7 @@ class DTensorPlacement:
             return "columns"
         raise RuntimeError(
             f"{self.name} of shape {self.shape} is sharded on dimension {dim}, which is neither the rows nor the "
-            f"columns of its {m} x {n} matrices. Shard it on another dimension (fully_shard's shard_placement_fn), or "
-            "exclude it."
+            f"columns of its {m} x {n} matrices. Shard it on another dimension (fully_shard's shard_placement_fn)."
         )
 
     def layout(self, m: int, n: int) -> Layout:
