@@ -430,3 +430,26 @@ def test_torchs_optimizer_in_backward_is_refused() -> None:
 
     with pytest.raises(ValueError, match="parameter names are unknown"):
         _apply_optimizer_in_backward(lowrank_ds.GaLoreAdamW, tiny_llama().parameters(), {"lr": 1e-2, "rank": 8})
+
+
+def small_buckets(rank: int, world: int) -> tuple[dict[str, dict[str, torch.Tensor]], int]:
+    """({recipe: weights} with a few matrices to a bucket, collectives of the last recipe's last step)."""
+    from lowrank_ds import optimizer as module
+
+    module._BUCKET = 3000  # numbers; 14 matrices of up to 1872 entries
+    found = {recipe: training.fsdp2(rank, world, recipe, steps=STEPS) for recipe in ("galore", "fira", "flora")}
+    model = training.fully_sharded("fsdp2", world)
+    optimizer = training.build("galore right", model)
+    training.train_sharded(model, optimizer, "fsdp2", rank, world, range(2))
+    counter = collectives.dist = Counting(torch.distributed)
+    training.train_sharded(model, optimizer, "fsdp2", rank, world, range(2, 3))
+    return found, counter.calls
+
+
+def test_buckets_are_prefetched_in_the_same_order_everywhere() -> None:
+    """Many buckets, each begun while the one before computes: the same weights."""
+    torch.set_num_threads(1)
+    for found, calls in launch(2, small_buckets):
+        assert calls >= 3
+        for recipe, weights in found.items():
+            assert training.largest_difference(weights, training.one_process(recipe, STEPS)) <= LIMIT, recipe
