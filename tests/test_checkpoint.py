@@ -99,13 +99,13 @@ RESHARDED = ("galore left", "fira", "galore adafactor")
 
 
 def test_two_ranks_save_and_any_number_resumes() -> None:
-    """FSDP2 x 2 saves; x 2 resumes bit for bit; x 3, HSDP 2 x 2 and an unwrapped model within rounding."""
+    """FSDP2 x 2 saves; x 2 resumes bit for bit; x 3, x 4, HSDP, x 1 and an unwrapped model within rounding."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         saved = launch(2, save, folder, "fsdp2", RECIPES, False)[0]
         assert_same(saved, launch(2, resume, folder, "fsdp2", RECIPES, False)[1], 0.0)
         some = {recipe: saved[recipe] for recipe in RESHARDED}
-        for world, kind in ((3, "fsdp2"), (4, "hsdp"), (1, "one")):
+        for world, kind in ((3, "fsdp2"), (4, "fsdp2"), (4, "hsdp"), (1, "fsdp2"), (1, "one")):
             assert_same(some, launch(world, resume, folder, kind, RESHARDED, False)[world - 1], LIMIT)
 
 
