@@ -121,9 +121,8 @@ class Axis:
     def here(self) -> tuple[slice, slice]:
         """Lines that are touched and kept here, (counted from the first touched, from the first kept)."""
         touched, kept = self.touched[self.rank], self.kept[self.rank]
-        start, stop = common(touched, kept)
-        part = (start, max(start, stop))
-        return (within(part, touched), within(part, kept)) if stop > start else (slice(0, 0), slice(0, 0))
+        part = common(touched, kept)
+        return (within(part, touched), within(part, kept)) if part[1] > part[0] else (slice(0, 0), slice(0, 0))
 
     def complete(self, partial: Tensor) -> Steps:
         """Add up partial per-line values (touched, w) of all ranks. Answers (kept, w).

@@ -95,7 +95,8 @@ class LowRankOptimizer(NamedGroups):
                     f"{where}: {name} is {theirs[name]!r}, but this optimizer was built with {ours[name]!r}. The state "
                     "only fits the former; build the optimizer with it."
                 )
-        kept = {k: v for k, v in theirs.items() if k not in ("param_names", "projector_storage")}
+        # how state is kept and computed here is this optimizer's own affair, not the saved one's
+        kept = {k: v for k, v in theirs.items() if k not in ("param_names", "projector_storage", "compile")}
         return {**{k: v for k, v in ours.items() if k != "params"}, **kept}
 
     # -- the step -----------------------------------------------------------------------------------------------
@@ -123,6 +124,8 @@ class LowRankOptimizer(NamedGroups):
             self._warn_once("no gradient", f"step() found no gradient on any parameter: {done}.")
         if not work:
             return loss
+        if engines.before_reduction(slot.host for slot, *_ in work if slot.layout.group is None):
+            self._warn_once("in backward", engines.BEFORE_REDUCTION)
         jobs = self._jobs(work)
         for device in _devices(job.weight for _, job in jobs):
             tasks = [(s, job) for s, job in jobs if job.weight.device == device]

@@ -88,7 +88,7 @@ def bind(
         for slot in slots:
             single = alone and len(slots) == 1 and slot.layout.numel == host.numel()
             slot.prefix = "" if single else f"{slot.name}::"
-            _adopt(slot, recipe, at, tuple(host.shape) if single else (slot.layout.numel,), store)
+            _adopt(slot, recipe, tuple(host.shape) if single else (slot.layout.numel,), store)
         return slots
     at.check(count, m, n)
     return _bind_stack(host, at, recipe, projected, (count, m, n), store)
@@ -121,7 +121,7 @@ def _bind_stack(host, at, recipe: Recipe, projected: bool, stack: tuple[int, int
     return slots
 
 
-def _adopt(slot: Slot, recipe: Recipe, at: Placement, plain_shape: tuple[int, ...], store: dict[str, Tensor]) -> None:
+def _adopt(slot: Slot, recipe: Recipe, plain_shape: tuple[int, ...], store: dict[str, Tensor]) -> None:
     """Create the slot's state, or take over what `load_state_dict` put there."""
     prefix = slot.prefix
     loaded = any(key.startswith(prefix) for key in store) if prefix else bool(store)
@@ -131,7 +131,7 @@ def _adopt(slot: Slot, recipe: Recipe, at: Placement, plain_shape: tuple[int, ..
         if loaded:
             _check_loaded(slot.name, name, store, prefix + name, fresh)
         else:
-            store[prefix + name] = at.wrap(fresh, stored)
+            store[prefix + name] = fresh
         slot.state[name] = store[prefix + name]
     slot.read_counters()
 

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+import lowrank_ds
 from lowrank_ds import rules
 from tests import training
 from tests.cluster import launch
@@ -51,3 +52,15 @@ def test_compiled_equals_eager(backend: str, monkeypatch: pytest.MonkeyPatch) ->
         weights, count = launch(3, on_fsdp2, backend)[0]
         assert training.largest_difference(weights, eager) <= 1e-5
         assert 1 <= count <= 8
+
+
+def test_loading_keeps_the_choice_of_this_run() -> None:
+    """`compile` and `projector_storage` say how this run computes and stores: a checkpoint does not change them."""
+
+    def build(**more):
+        weight = torch.nn.Parameter(torch.ones(6, 4))
+        return lowrank_ds.GaLoreAdamW([("w", weight)], lr=1e-2, rank=2, **more)
+
+    ours = build(compile=True, projector_storage="replicated")
+    ours.load_state_dict(build().state_dict())
+    assert ours.param_groups[0]["compile"] is True and ours.param_groups[0]["projector_storage"] == "replicated"

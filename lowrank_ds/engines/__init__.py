@@ -6,8 +6,10 @@ An engine never guesses from a tensor's shape: it reads the engine's own records
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+import torch
+import torch.distributed
 from torch import Tensor
 
 from lowrank_ds.engines import deepspeed, fsdp1, plain
@@ -17,8 +19,10 @@ from lowrank_ds.engines.fsdp1 import check, record
 from lowrank_ds.engines.placement import Placement
 
 __all__ = [
+    "BEFORE_REDUCTION",
     "Placement",
     "allow",
+    "before_reduction",
     "check",
     "full_shape",
     "is_dtensor",
@@ -35,6 +39,20 @@ def full_shape(param: Tensor) -> tuple[int, ...]:
     """The shape of the whole parameter, however an engine keeps it now."""
     recorded = fsdp1.full_shape(param)
     return deepspeed.full_shape(param) if recorded is None else recorded
+
+
+BEFORE_REDUCTION = (
+    "step() was called inside a backward pass on whole, plain tensors in a job of several processes. Under DDP such a "
+    "hook fires before gradients are averaged and at every micro-batch: the ranks' weights drift apart. Use replicate() "
+    "(torch.distributed._composable.replicate_with_fsdp) or fully_shard, or step after the backward."
+)
+
+
+def before_reduction(whole: Iterable[Tensor]) -> bool:
+    """Whether this is a step inside the backward of a job of several processes, on plain tensors held `whole`."""
+    inside = getattr(torch._C, "_current_graph_task_id", lambda: -1)() != -1
+    several = inside and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    return several and any(not is_dtensor(tensor) for tensor in whole)
 
 
 def is_dtensor(tensor: Tensor) -> bool:

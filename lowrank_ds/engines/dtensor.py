@@ -12,6 +12,7 @@ checkpoints) say they are, uneven and strided shards included, and `DTensorSpec`
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,21 +82,16 @@ class DTensorPlacement:
 
     def matrices(self, count: int, m: int, n: int) -> Iterator[tuple[int, int, Layout]]:
         """(index, where its entries start in the local tensor, layout) of each m x n matrix held here."""
-        first, stop = self._held(count, m, n)
+        first, stop = self.held(count, m, n)
         layout = self.layout(m, n)
         return ((i, (i - first) * layout.numel, layout) for i in range(first, stop))
-
-    def held(self, count: int, m: int, n: int) -> int:
-        """How many matrices of a stack are (partly) held here."""
-        first, stop = self._held(count, m, n)
-        return stop - first
 
     def lead_here(self, m: int, n: int) -> tuple[int, ...]:
         """The leading dimensions of the stack held here; () for a single matrix."""
         return self.here[: self._leading(m, n)]
 
-    def _held(self, count: int, m: int, n: int) -> Span:
-        """The matrices of a stack that are held here."""
+    def held(self, count: int, m: int, n: int) -> Span:
+        """The matrices of a stack that are (partly) held here."""
         if not self._leading(m, n):
             return 0, count
         kept = [p if self._role(p, m, n) == "lead" else Replicate() for p in self.placements]
@@ -174,10 +170,8 @@ class DTensorPlacement:
 
     def check(self, count: int, m: int, n: int) -> None:
         """Raise RuntimeError if the local tensor is not what the placements say."""
-        expected = self.layout(m, n).numel * self.held(count, m, n)
-        found = 1
-        for size in self.here:
-            found *= size
+        first, stop = self.held(count, m, n)
+        found, expected = math.prod(self.here), self.layout(m, n).numel * (stop - first)
         if found != expected:
             raise RuntimeError(
                 f"{self.name}: this rank holds {found} entries, the placements {self.placements} on a "

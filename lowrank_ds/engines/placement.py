@@ -6,9 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from lowrank_ds.axis import Stored
 from lowrank_ds.layout import Flat, Layout
 
 
@@ -40,7 +37,3 @@ class Placement:
             layout = Flat((m, n), cuts, self.rank, self.group)
             if layout.numel or layout.shared:
                 yield i, self.offset + max(0, i * m * n - self.cuts[self.rank]), layout
-
-    def wrap(self, local: Tensor, stored: Stored) -> Tensor:
-        """A state tensor as it is kept in `optimizer.state`: as it is."""
-        return local
