@@ -43,8 +43,8 @@ def full_shape(param: Tensor) -> tuple[int, ...]:
 
 BEFORE_REDUCTION = (
     "step() was called inside a backward pass on whole, plain tensors in a job of several processes. Under DDP such a "
-    "hook fires before gradients are averaged and at every micro-batch: the ranks' weights drift apart. Use replicate() "
-    "(torch.distributed._composable.replicate_with_fsdp) or fully_shard, or step after the backward."
+    "hook fires before gradients are averaged and at every micro-batch: the ranks' weights drift apart. Use "
+    "replicate() (torch.distributed._composable.replicate_with_fsdp) or fully_shard, or step after the backward."
 )
 
 
