@@ -148,3 +148,18 @@ def test_what_is_refused_is_named(cls: type) -> None:
     with pytest.raises(ValueError, match=f"{scaling} must be null.*belongs to the engine"):
         cls([("w", weight)], **{scaling: 1024})
     assert getattr(torch.optim, cls.__name__) is cls  # a ds_config can name it
+
+
+def test_pretrain_builds_them_from_names() -> None:
+    """launch/optimizers.py needs no rank for them, and still gives embeddings, head and norms their own rate."""
+    from launch.optimizers import end_names, torch_optimizer
+    from tests.cluster import tiny_llama
+
+    model = tiny_llama()
+    optimizer = torch_optimizer("AdaLomo", model, {"lr": 0.1}, 0.2, end_names(model))
+    rates = {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert len(rates) == len(list(model.parameters()))
+    assert rates["lm_head.weight"] == rates["model.norm.weight"] == 0.2
+    assert rates["model.layers.1.mlp.up_proj.weight"] == 0.1
+    with pytest.raises(SystemExit, match="--optimizer Lomo .*rank=8"):
+        torch_optimizer("Lomo", model, {"lr": 0.1, "rank": 8}, None, end_names(model))
