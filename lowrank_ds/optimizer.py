@@ -96,6 +96,12 @@ class LowRankOptimizer(NamedGroups):
         self._slots.clear()
         self._bound.clear()
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; between micro-batches it has what was summed in the subspace."""
+        if self._in_backward is not None:
+            self._in_backward.before_saving()
+        return super().state_dict()
+
     def _loaded_group(self, index: int, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
         """A saved group's hyper-parameters over ours; the tensors, names and shape of the state stay ours."""
         where = f"{type(self).__name__}, saved param group {index}"
