@@ -120,7 +120,7 @@ def test_temporaries_of_an_unprojected_parameter_are_small() -> None:
     assert 0 < tracker.peak().own["other"] <= p.nbytes / 1.5
 
 
-# --- sums of micro-batches in the subspace -----------------------------------------------------------------------------
+# --- sums of micro-batches in the subspace ---------------------------------------------------------------------------
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_sums_of_eight_micro_batches_cost_r_over_the_short_side(layerwise: bool) -> None:
     """state["accumulated"] against fp32 gradients, matrix by matrix; gradients are freed between micro-batches."""
