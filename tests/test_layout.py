@@ -22,7 +22,7 @@ PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
 @PROPERTY
 @given(SHAPES, PLACES)
 def test_every_entry_lies_in_one_block_of_one_rank(shape: tuple[int, int], places: list[int]) -> None:
-    """Blocks and their pieces tile the matrix; pad and unpad are inverse; each row is owned once; chunks tile any total."""
+    """Blocks, and their pieces, tile the matrix; pad and unpad are inverse; rows are owned once; chunks tile totals."""
     m, n = shape
     matrix, seen = torch.arange(m * n), torch.zeros(m, n, dtype=torch.int64)
     owned, chunks = [], []
