@@ -284,7 +284,7 @@ def _features(engine: Any, zero: Any) -> list[tuple[str, Any]]:
         ("zero_optimization.offload_param", zero.offload_param and zero.offload_param.device != "none"),
         ("zero_optimization.offload_optimizer", zero.offload_optimizer and zero.offload_optimizer.device != "none"),
         ("zero_optimization.zero_hpz_partition_size", zero.zero_hpz_partition_size > 1),
-        ("zero_optimization.mics_shard_size", zero.mics_shard_size > 0),
+        ("zero_optimization.mics_shard_size", getattr(zero, "mics_shard_size", -1) > 0),  # gone in 0.19.8
         ("zero_optimization.zero_quantized_weights", zero.zero_quantized_weights),
         ("zero_optimization.zero_quantized_nontrainable_weights", zero.zero_quantized_nontrainable_weights),
         ("zero_optimization.zero_quantized_gradients", zero.zero_quantized_gradients),
