@@ -8,6 +8,7 @@ import torch as _torch
 
 from lowrank_ds.algorithms import ALGORITHMS as _ALGORITHMS
 from lowrank_ds.algorithms import ApolloAdamW, ApolloMini, FiraAdamW, Flora, GaLoreAdafactor, GaLoreAdamW
+from lowrank_ds.backward import layerwise
 from lowrank_ds.engines.huggingface import for_trainer
 from lowrank_ds.memory import state_bytes
 from lowrank_ds.params import divide_params, param_groups
@@ -23,6 +24,7 @@ __all__ = [
     "GaLoreAdamW",
     "divide_params",
     "for_trainer",
+    "layerwise",
     "param_groups",
     "state_bytes",
 ]
