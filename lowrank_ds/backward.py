@@ -54,7 +54,7 @@ def layerwise(
     _check_arguments(optimizer, accumulation_steps, clip, max_grad_norm)
     if optimizer._in_backward is not None:
         raise RuntimeError("layerwise() was called for this optimizer before; call .remove() on its handle first.")
-    engines.attach(model, optimizer)
+    accumulation_steps = engines.attach(model, optimizer, accumulation_steps)
     _check_same_tensors(model, optimizer)
     optimizer.init_state()  # all of it, at the place it stays: a state dict is complete before the first step
     state = InBackward(optimizer, accumulation_steps, make_clip(clip, max_grad_norm, optimizer))
@@ -124,6 +124,12 @@ class InBackward:
             handle.remove()
         self._handles.clear()
         self.optimizer._in_backward = None
+
+    def find_places(self) -> None:
+        """Find the tensors again in the param groups (loading a state dict makes new ones)."""
+        for group, index in self.optimizer._places():
+            if group["params"][index] in self.places:
+                self.places[group["params"][index]] = group, index
 
     def forget(self) -> None:
         """Begin a new step: nothing has fired, nothing waits."""

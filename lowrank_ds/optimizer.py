@@ -29,6 +29,24 @@ _BUCKET = 1 << 27  # numbers (fp32) that shared work keeps alive at once
 class LowRankOptimizer(NamedGroups):
     """Base of all algorithms: a subclass declares OPTIONS and maps a param group to a `Recipe` (see `NamedGroups`)."""
 
+    def __init__(self, params: Iterable[Any], *arguments: Any, layerwise: Any = None, **settings: Any) -> None:
+        """See the class.
+
+        Args:
+            layerwise: for a ds_config only, where deepspeed.initialize builds the optimizer (ZeRO-3): true, or a dict
+                of `lowrank_ds.layerwise`'s arguments, has it called on the engine.
+
+        Raises:
+            ValueError: `layerwise` where no ds_config is at work, or of another kind.
+        """
+        asked = engines.wants_layerwise(layerwise)
+        super().__init__(params, *arguments, **settings)
+        if asked is not None:
+            from lowrank_ds import backward  # which is built on this class
+
+            known = engines.name_of(self.param_groups[0]["params"][0]) is not None
+            engines.expect_layerwise(self, known, lambda engine: backward.layerwise(engine, self, **asked))
+
     def _forget(self, projected: set[str]) -> None:
         """Nothing is bound yet: no slots, no copies, no warnings given."""
         super()._forget(projected)
@@ -95,6 +113,8 @@ class LowRankOptimizer(NamedGroups):
                 self.state[p][name] = torch.as_tensor(value).detach().clone().to("cpu" if counter else p.device)
         self._slots.clear()
         self._bound.clear()
+        if self._in_backward is not None:
+            self._in_backward.find_places()
 
     def _loaded_group(self, index: int, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
         """A saved group's hyper-parameters over ours; the tensors, names and shape of the state stay ours."""
@@ -217,6 +237,8 @@ class LowRankOptimizer(NamedGroups):
         super().zero_grad(set_to_none)
         if self._in_backward is not None:
             self._in_backward.forget()
+            for host in self._in_backward.places:
+                engines.drop_grad(host)
         for slot in (slot for slots in self._slots.values() for slot in slots):
             slot.drop_sums()
 

@@ -94,9 +94,10 @@ def bind(
             for i, start, layout in at.matrices(count, m, n)
         ]
         for slot in slots:
-            single = alone and len(slots) == 1 and slot.layout.numel == host.numel()
+            here = engines.local(host)  # under ZeRO-3 `host` itself may be gathered now, or empty
+            single = alone and len(slots) == 1 and slot.layout.numel == here.numel()
             slot.prefix = "" if single else f"{slot.name}::"
-            _adopt(slot, recipe, tuple(host.shape) if single else (slot.layout.numel,), store)
+            _adopt(slot, recipe, tuple(here.shape) if single else (slot.layout.numel,), store)
         return slots
     at.check(count, m, n)
     return _bind_stack(host, at, recipe, projected, (count, m, n), store)

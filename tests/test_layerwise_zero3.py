@@ -152,7 +152,7 @@ def live_gradients(rank: int, world: int) -> dict[str, Any]:
     mine = share(batches(1)[0], rank, world)
     engine.backward(engine(input_ids=mine, labels=mine).loss)
     moved = all(not torch.equal(p.ds_tensor, before[p]) for p in model.parameters())
-    kept = [n for n, p in model.named_parameters() if p.grad is not None or p._lowrank_ds_piece.grad is not None]
+    kept = [p for p in model.parameters() if p.grad is not None or p._lowrank_ds_piece.grad is not None]
     engine.destroy()
     return {"most": most[0], "largest": max(sizes.values()), "moved": moved, "kept": kept}
 

@@ -13,11 +13,13 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from lowrank_ds.engines import deepspeed, fsdp1, plain
+from lowrank_ds.engines import deepspeed, fsdp1, plain, zero3
 from lowrank_ds.engines.accelerate import refuse_replacement
 from lowrank_ds.engines.deepspeed import allow, name_of
 from lowrank_ds.engines.fsdp1 import check, record
 from lowrank_ds.engines.placement import Placement
+from lowrank_ds.engines.zero3 import expect as expect_layerwise
+from lowrank_ds.engines.zero3 import wants as wants_layerwise
 
 __all__ = [
     "BEFORE_REDUCTION",
@@ -30,6 +32,7 @@ __all__ = [
     "check",
     "check_averaged",
     "drop_grad",
+    "expect_layerwise",
     "frees",
     "full_shape",
     "has_grad",
@@ -42,6 +45,7 @@ __all__ = [
     "record",
     "refuse_replacement",
     "sharers",
+    "wants_layerwise",
 ]
 
 
@@ -62,7 +66,7 @@ def before_reduction(whole: Iterable[Tensor]) -> bool:
     """Whether this is a step inside the backward of a job of several processes, on plain tensors held `whole`."""
     inside = getattr(torch._C, "_current_graph_task_id", lambda: -1)() != -1
     several = inside and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    return several and any(not is_dtensor(tensor) for tensor in whole)
+    return several and any(not is_dtensor(tensor) and not zero3.is_host(tensor) for tensor in whole)
 
 
 NOT_REDUCED = (
@@ -73,12 +77,16 @@ NOT_REDUCED = (
 )
 
 
-def attach(model: Any, optimizer: Any) -> None:
-    """Prepare a model for updates inside the backward.
+def attach(model: Any, optimizer: Any, accumulation_steps: int) -> int:
+    """Prepare a model for updates inside the backward. Answers how many micro-batches make a step.
 
     Raises:
-        RuntimeError: an engine under which that is wrong or saves nothing: DDP, FSDP1.
+        RuntimeError: an engine under which that is wrong or saves nothing: DDP, FSDP1, ZeRO-1/2; or settings of
+            ZeRO-3 that cannot be honoured.
     """
+    hosts = [host for group in optimizer.param_groups for host in group["params"]]
+    if hasattr(model, "zero_optimization_stage") or any(deepspeed.is_partitioned(host) for host in hosts):
+        return zero3.attach(model, optimizer, accumulation_steps)
     for part in model.modules():
         kind = type(part).__name__
         if isinstance(part, torch.nn.parallel.DistributedDataParallel):
@@ -92,20 +100,23 @@ def attach(model: Any, optimizer: Any) -> None:
                 "layerwise: the model is wrapped in FSDP1, which fires no hook with the reduced gradient. Use FSDP2: "
                 "torch.distributed.fsdp.fully_shard."
             )
+    return accumulation_steps
 
 
 def on_gradient(host: Tensor, callback: Callable[[Tensor], None]) -> Any:
     """Call `callback(host)` whenever a backward has completed the gradient of `host`. Answers a removable handle."""
-    return host.register_post_accumulate_grad_hook(callback)
+    return (zero3.on_gradient if zero3.is_host(host) else plain.on_gradient)(host, callback)
 
 
 def has_grad(host: Tensor) -> bool:
     """Whether there is a gradient for `host`."""
-    return host.grad is not None
+    return zero3.has_grad(host) if zero3.is_host(host) else host.grad is not None
 
 
 def drop_grad(host: Tensor) -> None:
     """Free the gradient of `host`."""
+    if zero3.is_host(host):
+        zero3.drop_grad(host)
     host.grad = None
 
 
@@ -139,6 +150,8 @@ class Sharers(NamedTuple):
 
 def sharers(host: Tensor) -> Sharers:
     """Who shares the entries of `host` (a tensor `on_gradient` works for)."""
+    if zero3.is_host(host):
+        return Sharers(host.ds_process_group)
     if not is_dtensor(host):
         return Sharers(None)
     from lowrank_ds.engines import dtensor
@@ -162,6 +175,8 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The plain tensor with this rank's entries."""
+    if zero3.is_host(tensor):
+        return zero3.local(tensor)
     if not is_dtensor(tensor):
         return tensor
     from lowrank_ds.engines import dtensor
@@ -171,6 +186,8 @@ def local(tensor: Tensor) -> Tensor:
 
 def local_grad(host: Tensor) -> Tensor:
     """The plain tensor with this rank's entries of the gradient."""
+    if zero3.is_host(host):
+        return zero3.local_grad(host)
     if not is_dtensor(host):
         return host.grad
     from lowrank_ds.engines import dtensor
@@ -201,6 +218,8 @@ def locate(
         own = name if shapes[name] == tuple(host.shape) else None
     if own is None:
         return deepspeed.locate(host, members)
+    if zero3.is_host(host):
+        return zero3.locate(host, own)
     if not is_dtensor(host):
         return fsdp1.locate(host, own) if fsdp1.is_flattened(host) else plain.locate(host, own)
     from lowrank_ds.engines import dtensor

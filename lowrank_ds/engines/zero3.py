@@ -89,9 +89,9 @@ def has_grad(host: Tensor) -> bool:
     """Whether this rank has its piece of the averaged gradient.
 
     Raises:
-        RuntimeError: nothing delivers the gradients of `host` (see `prepare`).
+        RuntimeError: `host` trains, but nothing delivers its gradients (see `prepare`).
     """
-    return _piece(host).grad is not None
+    return (hasattr(host, _PIECE) or host.requires_grad) and _piece(host).grad is not None
 
 
 def local_grad(host: Tensor) -> Tensor | None:
@@ -100,8 +100,9 @@ def local_grad(host: Tensor) -> Tensor | None:
 
 
 def drop_grad(host: Tensor) -> None:
-    """Free the gradient, this rank's piece and, if there is one, the whole."""
-    _piece(host).grad = host.grad = None
+    """Free this rank's piece of the gradient."""
+    if hasattr(host, _PIECE):
+        _piece(host).grad = None
 
 
 def on_gradient(host: Tensor, callback: Callable[[Tensor], None]) -> Any:

@@ -54,6 +54,11 @@ class FusedZero3(ZeROOptimizer):
         return self.optimizer.param_groups
 
     @property
+    def _global_grad_norm(self) -> Tensor | None:
+        """What engine.get_global_grad_norm() answers after a step: the norm (0-d) if clipping took one."""
+        return None if self.optimizer._in_backward is None else self.optimizer._in_backward.norm
+
+    @property
     def state(self) -> MutableMapping[Tensor, Any]:
         """Ours."""
         return self.optimizer.state
