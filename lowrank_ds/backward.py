@@ -18,6 +18,7 @@ from lowrank_ds import engines
 from lowrank_ds.clipping import CLIPS, Clip, make_clip
 from lowrank_ds.groups import logger
 from lowrank_ds.optimizer import LowRankOptimizer, Place
+from lowrank_ds.recipe import Recipe
 
 
 def layerwise(
@@ -104,13 +105,13 @@ class InBackward:
 
     def __init__(self, optimizer: LowRankOptimizer, micro_batches: int, clip: Clip | None) -> None:
         self.optimizer, self.micro_batches, self.clip = optimizer, micro_batches, clip
-        self.places: dict[Tensor, Place] = {}
+        self._indices: dict[Tensor, tuple[int, int]] = {}  # of its param group, and in it; loading replaces the groups
         self._handles: list[Any] = []
         self._ever = False  # whether any hook has fired
         self._measures = False
         self._register()
         self.forget()
-        self._largest = max((_size(host) for host in self.places), default=0)
+        self._largest = max((_size(host) for host in self._indices), default=0)
         self._say_what_accumulates()
 
     @property
@@ -138,14 +139,21 @@ class InBackward:
         self._waiting_size = 0
 
     def _register(self) -> None:
-        for group, index in self.optimizer._places():
-            host = group["params"][index]
-            if host.requires_grad and host not in self.places:
-                self.places[host] = group, index
-                self._handles.append(engines.on_gradient(host, self._arrived))
+        for number, group in enumerate(self.optimizer.param_groups):
+            for index, host in enumerate(group["params"]):
+                if host.requires_grad:
+                    self._indices[host] = number, index
+                    self._handles.append(engines.on_gradient(host, self._arrived))
+
+    def _place(self, host: Tensor) -> Place:
+        number, index = self._indices[host]
+        return self.optimizer.param_groups[number], index
+
+    def _recipe(self, host: Tensor) -> Recipe:
+        return self.optimizer.recipe(self._place(host)[0])
 
     def _say_what_accumulates(self) -> None:
-        whole = [h for h, (g, _) in self.places.items() if self.optimizer.recipe(g).accumulation is None]
+        whole = [host for host in self._indices if self._recipe(host).accumulation is None]
         if self.micro_batches > 1 and whole:
             size = sum(engines.local(host).nbytes for host in whole)
             logger.warning(
@@ -179,11 +187,11 @@ class InBackward:
                 "optimizer.step(closure) with a closure that computes the loss and calls backward on it, or run a "
                 "first forward and backward inside handle.measuring()."
             )
-        if fired == self.micro_batches or self.optimizer.recipe(self.places[host][0]).accumulation is not None:
+        if fired == self.micro_batches or self._recipe(host).accumulation is not None:
             self._wait(host, fired == self.micro_batches)
 
     def _is_reduced(self, host: Tensor) -> bool:
-        return any(slot.layout.group is not None for slot in self.optimizer._bind(*self.places[host]))
+        return any(slot.layout.group is not None for slot in self.optimizer._bind(*self._place(host)))
 
     def _measure(self, host: Tensor) -> None:
         self.clip.measure(host)
@@ -201,7 +209,7 @@ class InBackward:
     def _flush(self) -> None:
         """Update (or sum) what waits, and free its gradients."""
         waiting, self._waiting, self._waiting_size = self._waiting, {}, 0
-        self.optimizer._fold(self.places[host] for host, update in waiting.items() if not update)
+        self.optimizer._fold(self._place(host) for host, update in waiting.items() if not update)
         self._update([host for host, update in waiting.items() if update])
 
     def _update(self, hosts: list[Tensor]) -> None:
@@ -210,7 +218,7 @@ class InBackward:
         if self.clip is not None and not self.clip.two_passes:
             for host in hosts:
                 self.clip.measure(host)
-        self.optimizer._update([self.places[host] for host in hosts], None if self.clip is None else self.clip.scale)
+        self.optimizer._update(map(self._place, hosts), None if self.clip is None else self.clip.scale)
         for host in hosts:
             engines.drop_grad(host)
 
@@ -246,7 +254,7 @@ class InBackward:
                 loss = closure()
         self._check_fired()
         self._flush()
-        self._update([host for host in self._fired if self._is_left(host)])
+        self._update([host for host in self._indices if self._is_left(host)])
         if self.clip is not None:
             self.clip.conclude_step()
         self.optimizer._loads.clear()
@@ -255,10 +263,23 @@ class InBackward:
 
     def _is_left(self, host: Tensor) -> bool:
         """Whether a tensor got fewer gradients than `accumulation_steps`, and so was not updated in the backward."""
-        return self._fired[host] < self.micro_batches
+        fired = self._fired.get(host, 0)
+        return fired < self.micro_batches and (fired > 0 or self.optimizer._sums(host))
+
+    @torch.no_grad()
+    def before_saving(self) -> None:
+        """Sum what waits to be summed, so that a state dict has it; say what a state dict cannot have."""
+        sums = [host for host, update in self._waiting.items() if not update]
+        self.optimizer._fold(map(self._place, sums))
+        self._waiting = {host: True for host, update in self._waiting.items() if update}
+        lost = [h for h, fired in self._fired.items() if fired == self.micro_batches or engines.has_grad(h)]
+        if lost:
+            logger.warning(
+                "layerwise: state_dict() between a backward pass and step(): the gradients of %d parameters (such as "
+                "%s) are not in it. Save after step().", len(lost), self._name(lost[0]),
+            )  # fmt: skip
 
     def _check_fired(self) -> None:
-        hooked = self.places.keys()
         missed = [
             group["param_names"][index]
             for group, index in self.optimizer._places()
@@ -266,10 +287,9 @@ class InBackward:
         ]
         if missed:
             raise RuntimeError(
-                f"layerwise: {missed[0]} (and {len(missed) - 1} more) has a gradient but its hook did not fire: "
-                + ("the gradient was not made by a backward pass, " if len(hooked) else "")
-                + "or the parameters were replaced or added after layerwise(). Call handle.remove() and layerwise() "
-                "again, after the last change of the model."
+                f"layerwise: {missed[0]} (and {len(missed) - 1} more) has a gradient but its hook did not fire: the "
+                "gradient was not made by a backward pass, or the parameters were replaced or added after layerwise(). "
+                "Call handle.remove() and layerwise() again, after the last change of the model."
             )
         if not self._ever:
             raise RuntimeError(
@@ -279,7 +299,7 @@ class InBackward:
             )
 
     def _name(self, host: Tensor) -> str:
-        group, index = self.places[host]
+        group, index = self._place(host)
         return group["param_names"][index]
 
 

@@ -116,6 +116,12 @@ class LowRankOptimizer(NamedGroups):
         if self._in_backward is not None:
             self._in_backward.find_places()
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; between micro-batches it has what was summed in the subspace."""
+        if self._in_backward is not None:
+            self._in_backward.before_saving()
+        return super().state_dict()
+
     def _loaded_group(self, index: int, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
         """A saved group's hyper-parameters over ours; the tensors, names and shape of the state stay ours."""
         where = f"{type(self).__name__}, saved param group {index}"
