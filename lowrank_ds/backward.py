@@ -126,12 +126,6 @@ class InBackward:
         self._handles.clear()
         self.optimizer._in_backward = None
 
-    def find_places(self) -> None:
-        """Find the tensors again in the param groups (loading a state dict makes new ones)."""
-        for group, index in self.optimizer._places():
-            if group["params"][index] in self.places:
-                self.places[group["params"][index]] = group, index
-
     def forget(self) -> None:
         """Begin a new step: nothing has fired, nothing waits."""
         self._fired: dict[Tensor, int] = {}

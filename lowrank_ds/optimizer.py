@@ -113,8 +113,6 @@ class LowRankOptimizer(NamedGroups):
                 self.state[p][name] = torch.as_tensor(value).detach().clone().to("cpu" if counter else p.device)
         self._slots.clear()
         self._bound.clear()
-        if self._in_backward is not None:
-            self._in_backward.find_places()
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; between micro-batches it has what was summed in the subspace."""
@@ -243,8 +241,8 @@ class LowRankOptimizer(NamedGroups):
         super().zero_grad(set_to_none)
         if self._in_backward is not None:
             self._in_backward.forget()
-            for host in self._in_backward.places:
-                engines.drop_grad(host)
+            for group, index in self._places():
+                engines.drop_grad(group["params"][index])
         for slot in (slot for slots in self._slots.values() for slot in slots):
             slot.drop_sums()
 

@@ -54,9 +54,14 @@ class FusedZero3(ZeROOptimizer):
         return self.optimizer.param_groups
 
     @property
+    def layerwise(self) -> Any:
+        """The handle that `lowrank_ds.layerwise` returns, for those whose ds_config called it."""
+        return self.optimizer._in_backward
+
+    @property
     def _global_grad_norm(self) -> Tensor | None:
         """What engine.get_global_grad_norm() answers after a step: the norm (0-d) if clipping took one."""
-        return None if self.optimizer._in_backward is None else self.optimizer._in_backward.norm
+        return None if self.layerwise is None else self.layerwise.norm
 
     @property
     def state(self) -> MutableMapping[Tensor, Any]:
