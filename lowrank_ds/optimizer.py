@@ -170,6 +170,8 @@ class LowRankOptimizer(NamedGroups):
 
         clip: scales the gradients in a list of (slot, group, gradient entries, weight entries), in place.
         """
+        places = list(places)
+        self._fold(place for place in places if self._sketches(*place))
         work = [item for group, index in places for item in self._work(group, index)]
         if not work:
             return False
@@ -245,6 +247,11 @@ class LowRankOptimizer(NamedGroups):
                 engines.drop_grad(group["params"][index])
         for slot in (slot for slots in self._slots.values() for slot in slots):
             slot.drop_sums()
+
+    def _sketches(self, group: dict[str, Any], index: int) -> bool:
+        """Whether a last micro-batch must join the random sketch of those before it (an exact sum needs no basis)."""
+        kind = self.recipe(group).accumulation
+        return kind is not None and kind.rank is not None and self._sums(group["params"][index])
 
     def _sums(self, host: Tensor) -> bool:
         """Whether micro-batches of this tensor were summed in the subspace."""
