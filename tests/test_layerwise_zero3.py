@@ -223,6 +223,20 @@ def bf16(rank: int, world: int) -> dict[str, Any]:
     return found
 
 
+def fp32_sums(rank: int, world: int) -> set[torch.dtype]:
+    """Dtypes of the gradient pieces between micro-batches, when the ds_config asks for fp32 sums."""
+    more = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "gradient_accumulation_steps": 2}
+    engine = training.zero_engine("fira", 3, world, **more, **copy.deepcopy(ASKED))
+    mine = share(batches(1)[0], rank, world)
+    engine.backward(engine(input_ids=mine, labels=mine).loss)
+    found = {p._lowrank_ds_piece.grad.dtype for p in engine.module.parameters()}
+    engine.step()
+    engine.backward(engine(input_ids=mine, labels=mine).loss)
+    engine.step()
+    engine.destroy()
+    return found
+
+
 def bf16_reference() -> dict[str, torch.Tensor]:
     """One process, bf16 weights; buffers stay fp32, as DeepSpeed leaves them."""
     model, buffers = tiny_llama(), dict(tiny_llama().named_buffers())
@@ -270,6 +284,7 @@ def run_the_rest(rank: int, world: int, folder: str) -> dict[str, Any]:
         "torch": torch_backward(rank, world),
         "two_pass": two_pass(rank, world),
         "bf16": bf16(rank, world),
+        "fp32 sums": fp32_sums(rank, world),
         "resume": resume(rank, world, folder),
     }
 
@@ -312,6 +327,7 @@ def test_bf16_is_what_one_process_does() -> None:
     assert distance(two["weights"], exact) < 0.1 * distance(exact, start)
     assert distance(two["weights"], same) < 0.05 * distance(exact, start)  # two ranks average in bf16
     assert training.largest_difference(refusals()["bf16"], same) == 0
+    assert rest()[0]["fp32 sums"] == {torch.float32}
 
 
 def test_checkpoints_resume_bit_exactly() -> None:
@@ -345,6 +361,12 @@ def stage_2(deepspeed: Any) -> None:
     layerwise(engine, engine.basic_optimizer)
 
 
+def stage_2_model(deepspeed: Any) -> None:
+    """The same, by its model."""
+    engine = training.zero_engine("fira", 2, 1)
+    layerwise(engine.module, engine.basic_optimizer)
+
+
 def wrapped(deepspeed: Any) -> None:
     """An engine that has built its ZeRO-3 optimizer."""
     engine = training.zero_engine("fira", 3, 1)
@@ -355,6 +377,12 @@ def stepped(deepspeed: Any) -> None:
     """An optimizer on partitioned parameters that nothing feeds."""
     engine = deepspeed.initialize(model=tiny_llama(), config=training.ds_config(None, 3, 1))[0]
     FiraAdamW(param_groups(engine.module, rank=8), lr=1e-2).step()
+
+
+def never_taken(deepspeed: Any) -> None:
+    """An optimizer that asks for layer-wise updates and is handed to no engine."""
+    engine = training.zero_engine("fira", 2, 1)
+    FiraAdamW(engine.module.named_parameters(), rank=8, layerwise=True).step()
 
 
 def some_of(engine: Any) -> tuple[Any, Any]:
@@ -378,10 +406,12 @@ REFUSED: dict[str, tuple[Callable, str]] = {
     "hpZ": refused("zero_hpz_partition_size", zero={"zero_hpz_partition_size": 2}),
     "unmanaged accumulation": refused("managed_gradient_accumulation", managed_gradient_accumulation=False),
     "a value of another kind": refused("layerwise must be true", settings={"layerwise": 3}),
+    "stage 2, the model": (stage_2_model, "engine.*not with the model"),
     "the model instead of the engine": attached("engine.*not with the model", lambda e: (e.module, None)),
     "a parameter left out": attached("is in no param group", some_of),
     "another model": attached("not the engine's", lambda e: (e, FiraAdamW(tiny_llama().named_parameters(), rank=8))),
     "another number of micro-batches": attached("accumulation_steps=3", accumulation_steps=3),
+    "never taken over": (never_taken, "did not take it over"),
     "a step that nothing feeds": (stepped, "layerwise\\(engine, optimizer\\)"),
 }
 

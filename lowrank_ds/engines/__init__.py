@@ -89,8 +89,7 @@ def attach(model: Any, optimizer: Any, accumulation_steps: int) -> int:
         RuntimeError: an engine under which that is wrong or saves nothing: DDP, FSDP1, ZeRO-1/2; or settings of
             ZeRO-3 that cannot be honoured.
     """
-    hosts = [host for group in optimizer.param_groups for host in group["params"]]
-    if hasattr(model, "zero_optimization_stage") or any(deepspeed.is_partitioned(host) for host in hosts):
+    if hasattr(model, "zero_optimization_stage") or any(map(deepspeed.is_partitioned, model.parameters())):
         return zero3.attach(model, optimizer, accumulation_steps)
     for part in model.modules():
         kind = type(part).__name__

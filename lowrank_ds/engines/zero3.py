@@ -26,7 +26,7 @@ _PIECE = "_lowrank_ds_piece"  # attribute of a parameter whose gradient arrives 
 class Piece:
     """What this rank keeps of one parameter's gradient.
 
-    wire: dtype in which gradients are summed over ranks. kept: dtype of what stays here.
+    wire: dtype in which gradients are summed over ranks. kept: dtype in which micro-batches are summed here.
     grad: this rank's entries (numel here,) of the averaged gradient; None: not there.
     """
 
@@ -63,7 +63,7 @@ def local(host: Tensor) -> Tensor:
 
 # -- gradients --------------------------------------------------------------------------------------------------------
 def prepare(host: Tensor, wire: torch.dtype | None, kept: torch.dtype | None) -> None:
-    """Let the gradients of `host` arrive piece by piece. Dtypes: see `Piece`; None: the parameter's."""
+    """Let the gradients of `host` arrive piece by piece. Dtypes: see `Piece`; None: the wire's, the parameter's."""
     setattr(host, _PIECE, Piece(wire or host.dtype, kept or wire or host.dtype))
 
 

@@ -4,7 +4,8 @@ Without an optimizer DeepSpeed partitions and gathers parameters (`DeepSpeedZeRo
 no gradient buffers: just what layer-wise updates need. `FusedZero3` adds what an engine asks of an optimizer, so that
 `engine(x)`, `engine.backward(loss)`, `engine.step()`, checkpoints and schedulers work as ever.
 Private attributes used: `DeepSpeedEngine._configure_*`, `_do_optimizer_sanity_check`, `_support_torch_style_backward`,
-`_backward_post_hook`; `DeepSpeedZeRoOffload.partition_all_parameters`, `persistent_parameters`. Tested with 0.19.8.
+`_backward_post_hook`, `_config`; `DeepSpeedZeRoOffload.partition_all_parameters`, `persistent_parameters`. Tested with
+0.19.8; others outside `deepspeed.TESTED` are refused.
 """
 
 from __future__ import annotations
@@ -187,9 +188,10 @@ def attach(engine: Any, optimizer: Any, accumulation_steps: int) -> int:
             "Leave accumulation_steps out: the engine's is used."
         )
     _check_parameters(engine.module, optimizer)
+    wire = engine._config.communication_data_type
+    summed = engine.get_data_types()[1] if engine._config.grad_accum_dtype is not None else None
     for host in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad):
-        # communication_data_type's setter in the ds_config wins, as under DeepSpeed's own optimizer
-        zero3.prepare(host, engine._config.communication_data_type, None)
+        zero3.prepare(host, wire, summed)
     started_here = engine.basic_optimizer is None  # not by deepspeed.initialize, which does the rest itself
     engine.basic_optimizer = optimizer
     engine.optimizer = FusedZero3(engine, optimizer, engine.optimizer)
