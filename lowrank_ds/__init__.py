@@ -17,6 +17,7 @@ from lowrank_ds.algorithms import (
     GaLoreAdamW,
     Lomo,
 )
+from lowrank_ds.engines.checkpointing import activation_checkpointing
 from lowrank_ds.engines.huggingface import for_trainer
 from lowrank_ds.memory import state_bytes
 from lowrank_ds.params import divide_params, param_groups
@@ -32,6 +33,7 @@ __all__ = [
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "Lomo",
+    "activation_checkpointing",
     "divide_params",
     "for_trainer",
     "param_groups",
