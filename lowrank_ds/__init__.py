@@ -17,6 +17,7 @@ from lowrank_ds.algorithms import (
     GaLoreAdamW,
     Lomo,
 )
+from lowrank_ds.backward import layerwise
 from lowrank_ds.engines.checkpointing import activation_checkpointing
 from lowrank_ds.engines.huggingface import for_trainer
 from lowrank_ds.memory import state_bytes
@@ -36,6 +37,7 @@ __all__ = [
     "activation_checkpointing",
     "divide_params",
     "for_trainer",
+    "layerwise",
     "param_groups",
     "state_bytes",
 ]

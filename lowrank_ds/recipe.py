@@ -20,6 +20,16 @@ class Momentum:
 
 
 @dataclass(frozen=True)
+class Accumulation:
+    """Micro-batches are summed in a subspace (`accumulate.py`): the recipe's own, or a random one of this rank.
+
+    rank: None sums exactly, in the recipe's own subspace; a number sums a sketch in a fresh random subspace each step.
+    """
+
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How the projected matrices of a parameter group are trained, and the parameters beside them.
 
@@ -28,9 +38,11 @@ class Recipe:
         subspace: where the basis comes from; None when nothing is projected.
         residual: what happens to the rest of the gradient.
         momentum: set for Flora: the rule acts on the whole matrix, its momentum is what is compressed.
+        accumulation: how micro-batches are summed; None: as whole gradients, by the engine.
     """
 
     rule: Adam | Adafactor | SGD
     subspace: Subspace | None = None
     residual: Drop | ScaleResidual | ScaleGradient = Drop()
     momentum: Momentum | None = None
+    accumulation: Accumulation | None = None
