@@ -20,7 +20,7 @@ Legend: m rows, n columns, l rows this rank touches, w columns it touches, k hol
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -46,6 +46,15 @@ class Block(NamedTuple):
     def of(self, entries: Tensor) -> Tensor:
         """The rectangle as a 2-D view of 1-D `entries`."""
         return entries[self.entries].view(self.rows.stop - self.rows.start, self.cols.stop - self.cols.start)
+
+    def split(self, size: int) -> Iterator[Block]:
+        """Blocks of whole rows of this one, with at most `size` entries (or one row)."""
+        width = self.cols.stop - self.cols.start
+        step = max(1, size // max(1, width))
+        for first in range(self.rows.start, self.rows.stop, step):
+            last = min(first + step, self.rows.stop)
+            start = self.entries.start + (first - self.rows.start) * width
+            yield Block(slice(first, last), self.cols, slice(start, start + (last - first) * width))
 
 
 @dataclass(frozen=True, eq=False)

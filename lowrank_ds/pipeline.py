@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowrank_ds import accumulate, linalg
 from lowrank_ds.axis import ENTRIES, SCALAR, Stored
-from lowrank_ds.job import Job, where_live, write, write_entries
+from lowrank_ds.job import Job, pieces, where_live, write, write_entries, write_piece
 from lowrank_ds.layout import Layout
 from lowrank_ds.lines import Lines
 from lowrank_ds.projection import Left, Right, TwoSided, choose
@@ -273,16 +273,21 @@ def _mixed_square(side, update: Tensor, coords: Tensor, momentum: Tensor, gram: 
 # --- parameters that are not projected ------------------------------------------------------------------------------
 def plain(job: Job) -> Steps:
     """The recipe's rule on the parameter itself: biases, norms, embeddings."""
-    rule, scale, correction = job.recipe.rule, None, 1.0
-    if isinstance(rule, Adafactor):
+    if isinstance(job.recipe.rule, Adafactor):
         update, live, scale = yield from _full_adafactor(job)
-    else:
-        live = _live(job, (yield accumulate.ask_peaks(job)))
-        grad = where_live(live, job.grad.float())
-        like = job.state.get("exp_avg", grad)  # SGD keeps none
-        update = rule.update(grad.view_as(like), job.state, live).view(-1)
-        correction = rule.correction(job.step)
-    write_entries(job, where_live(live, update), job.lr * correction, scale)
+        return write_entries(job, where_live(live, update), job.lr, scale)
+    return _elementwise(job, _live(job, (yield accumulate.ask_peaks(job))))
+
+
+def _elementwise(job: Job, live: Tensor) -> None:
+    """Adam, SGD: piece by piece. An embedding is the largest parameter; no temporary is as large."""
+    rule = job.recipe.rule
+    state = {name: job.state[name].view(-1) for name in _full_shapes(job.layout, rule)}
+    for piece in pieces(job):
+        part = piece.entries
+        grad = where_live(live, job.grad[part].float())
+        update = rule.update(grad, {name: tensor[part] for name, tensor in state.items()}, live)
+        write_piece(job, piece, where_live(live, update), job.lr * rule.correction(job.step), None)
 
 
 def _full_adafactor(job: Job) -> Steps:
