@@ -28,7 +28,7 @@ def no_engine() -> None:
 
 
 class Watch(TrainerCallback):
-    """How many parameters have a gradient when Trainer steps; between micro-batches the norms' must be there, summed."""
+    """How many parameters have a gradient when Trainer steps; between micro-batches those of norms must be there."""
 
     def __init__(self) -> None:
         self.alive: list[int] = []
