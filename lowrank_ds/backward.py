@@ -127,9 +127,18 @@ class InBackward:
 
     def forget(self) -> None:
         """Begin a new step: nothing has fired, nothing waits."""
+        self._expected = 0  # backward passes announced by `expect`
         self._fired: dict[Tensor, int] = {}
         self._waiting: dict[Tensor, bool] = {}  # tensor: whether to update it (else its gradient is only summed)
         self._waiting_size = 0
+
+    def expect(self, last: bool) -> None:
+        """Say before a backward pass whether it is the last one before `step()`: where their number varies.
+
+        `accumulation_steps` is set aside; call it before every backward then.
+        """
+        self._expected += 1
+        self.micro_batches = self._expected if last else self._expected + 1
 
     def _register(self) -> None:
         for group, index in self.optimizer._places():
@@ -186,13 +195,13 @@ class InBackward:
     def _wait(self, host: Tensor, update: bool) -> None:
         if host not in self._waiting:
             if self._waiting and self._waiting_size + _size(host) > self._largest:
-                self._flush()
+                self.flush()
             self._waiting_size += _size(host)
         self._waiting[host] = update
         if self._waiting_size >= self._largest:
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """Update (or sum) what waits, and free its gradients."""
         waiting, self._waiting, self._waiting_size = self._waiting, {}, 0
         self.optimizer._fold(self.places[host] for host, update in waiting.items() if not update)
@@ -239,7 +248,7 @@ class InBackward:
                         closure()
                 loss = closure()
         self._check_fired()
-        self._flush()
+        self.flush()
         self._update([host for host in self._fired if self._is_left(host)])
         if self.clip is not None:
             self.clip.conclude_step()

@@ -85,8 +85,6 @@ class BeforeForward:
     def __init__(self, option: LayerwiseOption, model: nn.Module, optimizer: LowRankOptimizer) -> None:
         self.option, self.model, self.optimizer = option, model, optimizer
         self.handle: InBackward | None = None
-        self._passes = 0  # of this step, the coming one included
-        self._last = True  # whether the coming one is the last of its step
 
     def __call__(self) -> None:
         """Call `layerwise` at the first time; tell it which backward completes the gradients."""
@@ -95,9 +93,7 @@ class BeforeForward:
         if self.handle is None:
             steps, clip, norm = self.option.args.gradient_accumulation_steps, self.option.clip, self.option.norm
             self.handle = layerwise(self.model, self.optimizer, steps, clip, norm)
-        self._passes = 1 if self._last else self._passes + 1
-        self._last = bool(GradientState().sync_gradients)
-        self.handle.micro_batches = self._passes if self._last else self._passes + 1
+        self.handle.expect(bool(GradientState().sync_gradients))
 
     def check_called(self, optimizer: LowRankOptimizer, *_: Any) -> None:
         """Before each `step()`: a loop that is not Trainer's must not lose the option.
