@@ -9,7 +9,16 @@ from typing import Any as _Any
 import torch as _torch
 
 from lowrank_ds.algorithms import ALGORITHMS as _ALGORITHMS
-from lowrank_ds.algorithms import ApolloAdamW, ApolloMini, FiraAdamW, Flora, GaLoreAdafactor, GaLoreAdamW
+from lowrank_ds.algorithms import (
+    AdaLomo,
+    ApolloAdamW,
+    ApolloMini,
+    FiraAdamW,
+    Flora,
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    Lomo,
+)
 from lowrank_ds.backward import layerwise
 from lowrank_ds.engines.huggingface import for_trainer
 from lowrank_ds.memory import state_bytes
@@ -18,12 +27,14 @@ from lowrank_ds.version import __version__
 
 __all__ = [
     "__version__",
+    "AdaLomo",
     "ApolloAdamW",
     "ApolloMini",
     "FiraAdamW",
     "Flora",
     "GaLoreAdafactor",
     "GaLoreAdamW",
+    "Lomo",
     "divide_params",
     "for_trainer",
     "layerwise",

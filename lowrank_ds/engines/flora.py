@@ -22,10 +22,9 @@ class FloraAccelerator(Accelerator):
     """accelerate's Accelerator with Flora's gradient accumulation (arXiv:2402.03293, Algorithm 1; package flora-opt).
 
     As there: `with accelerator.accumulate(model):` around the forward pass, `accelerator.backward(loss)`,
-    `optimizer.step()` and `optimizer.zero_grad()`. A step of k micro-batches uses (G_1 + ... + G_{k-1}) A A^T + G_k
-    with a seeded Gaussian A, new at each step: unbiased. (flora-opt sketches the last one too; it is there whole.) On
-    one process and under FSDP2 the parameters are updated inside the backward (`lowrank_ds.layerwise`), under DDP in
-    `step()`. `save_state` holds a half-finished sum.
+    `optimizer.step()` and `optimizer.zero_grad()`. A step of k micro-batches uses (G_1 + ... + G_k) A A^T with a
+    seeded Gaussian A, new at each step: unbiased. On one process and under FSDP2 the parameters are updated inside the
+    backward (`lowrank_ds.layerwise`), under DDP in `step()`. `save_state` holds a half-finished sum.
 
     Args:
         accumulation_compression_rank: r of A, for the matrices that Flora projects. None, or one micro-batch a step:
@@ -60,7 +59,9 @@ class FloraAccelerator(Accelerator):
             RuntimeError: FSDP1.
         """
         prepared = super().prepare(*args, **kwargs)
-        models = [x for x in (prepared if isinstance(prepared, tuple) else (prepared,)) if isinstance(x, nn.Module)]
+        models = [
+            x for x in (prepared if isinstance(prepared, (tuple, list)) else (prepared,)) if isinstance(x, nn.Module)
+        ]
         if self._unarranged and len(models) != 1:
             raise ValueError(f"FloraAccelerator: prepare the optimizer with its model in one call; got {len(models)}.")
         while self._unarranged:
@@ -103,6 +104,7 @@ class FloraAccelerator(Accelerator):
             optimizer.init_state()
         else:
             self._handles.append(layerwise(model, optimizer, self.gradient_accumulation_steps))
+            self._handles[-1].saves_whole_sums = True
         self.register_for_checkpointing(_WholeSums(optimizer))
 
     @contextlib.contextmanager
@@ -116,12 +118,8 @@ class FloraAccelerator(Accelerator):
             yield
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """accelerate's; afterwards a micro-batch that is not the step's last is in the sums."""
+        """accelerate's; afterwards the micro-batch is in the sums."""
         super().backward(loss, **kwargs)
-        if self.sync_gradients:
-            return
-        for handle in self._handles:
-            handle.flush()
         for optimizer, model in self._in_step:
             if any(group["accumulation_compression_rank"] for group in optimizer.param_groups):
                 optimizer.accumulate(model)
