@@ -59,9 +59,8 @@ class FloraAccelerator(Accelerator):
             RuntimeError: FSDP1.
         """
         prepared = super().prepare(*args, **kwargs)
-        models = [
-            x for x in (prepared if isinstance(prepared, (tuple, list)) else (prepared,)) if isinstance(x, nn.Module)
-        ]
+        found = prepared if isinstance(prepared, (tuple, list)) else (prepared,)  # FSDP2: a list
+        models = [x for x in found if isinstance(x, nn.Module)]
         if self._unarranged and len(models) != 1:
             raise ValueError(f"FloraAccelerator: prepare the optimizer with its model in one call; got {len(models)}.")
         while self._unarranged:
