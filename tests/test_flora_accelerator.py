@@ -85,7 +85,7 @@ def prepared(engine: str, model: Any) -> tuple[Any, Any, Any]:
     """(accelerator, model, optimizer); flora-opt's two lines."""
     accelerate = accelerator(engine)
     groups = lowrank_ds.param_groups(model, rank=RANK)
-    return (accelerate, *accelerate.prepare(model, lowrank_ds.Flora(groups, lr=1e-3, kappa=2)))
+    return (accelerate, *accelerate.prepare(model, lowrank_ds.Flora(groups, lr=1e-2, kappa=2)))
 
 
 def loop(rank: int, world: int, run: tuple[Any, Any, Any], start: int, place: str = "") -> dict[str, Tensor]:

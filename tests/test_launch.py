@@ -308,8 +308,11 @@ def layerwise_and_not(rank: int, world: int) -> list[float]:
         trainer = Fsdp2Trainer(*parts, mesh=mesh, bf16=False)
         for micro_batches in batches:
             trainer.train_step(micro_batches)
-        assert layerwise is None or all(p.grad is None for p in trainer.module.parameters())
-        return {name: p.full_tensor() for name, p in trainer.module.named_parameters()}
+        whole = {name: p.full_tensor().clone() for name, p in trainer.module.named_parameters()}
+        if layerwise and "clip" not in layerwise:  # all is done in the backward: each micro-batch is reduced in it
+            trainer.backward(batches[0])
+            assert all(p.grad is None for p in trainer.module.parameters())
+        return whole
 
     shared, copies = init_device_mesh("cpu", (world,)), init_device_mesh("cpu", (world, 1), mesh_dim_names=("r", "s"))
     clipped = {"accumulation_steps": 2, "clip": "two_pass", "max_grad_norm": 0.1}
