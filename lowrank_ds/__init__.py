@@ -4,6 +4,8 @@ Importing registers the algorithms with `torch.optim`, so that a ds_config can n
 ``"optimizer": {"type": "FiraAdamW", "params": {"lr": 0.01, "rank": 128}}``.
 """
 
+from typing import Any as _Any
+
 import torch as _torch
 
 from lowrank_ds.algorithms import ALGORITHMS as _ALGORITHMS
@@ -53,6 +55,15 @@ def _register() -> None:
                 "same name. Import lowrank_ds first, or do not import the other one."
             )
         setattr(_torch.optim, cls.__name__, cls)
+
+
+def __getattr__(name: str) -> _Any:
+    """`FloraAccelerator` is imported when it is used: it needs accelerate."""
+    if name == "FloraAccelerator":
+        from lowrank_ds.engines.flora import FloraAccelerator
+
+        return FloraAccelerator
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 _register()
