@@ -9,6 +9,8 @@ import torch as _torch
 from lowrank_ds.algorithms import ALGORITHMS as _ALGORITHMS
 from lowrank_ds.algorithms import ApolloAdamW, ApolloMini, FiraAdamW, Flora, GaLoreAdafactor, GaLoreAdamW
 from lowrank_ds.engines.huggingface import for_trainer
+from lowrank_ds.lora_fa import LoRAFA, create_lorafa_optimizer, freeze_lora_a, lorafa_groups
+from lowrank_ds.lora_layers import recompute_dropout
 from lowrank_ds.memory import state_bytes
 from lowrank_ds.params import divide_params, param_groups
 from lowrank_ds.version import __version__
@@ -21,16 +23,21 @@ __all__ = [
     "Flora",
     "GaLoreAdafactor",
     "GaLoreAdamW",
+    "LoRAFA",
+    "create_lorafa_optimizer",
     "divide_params",
     "for_trainer",
+    "freeze_lora_a",
+    "lorafa_groups",
     "param_groups",
+    "recompute_dropout",
     "state_bytes",
 ]
 
 
 def _register() -> None:
     """Put the algorithms where DeepSpeed resolves `optimizer.type` (it looks the name up on torch.optim)."""
-    for cls in _ALGORITHMS:
+    for cls in (*_ALGORITHMS, LoRAFA):
         existing = getattr(_torch.optim, cls.__name__, None)
         if existing is not None and existing.__module__ != cls.__module__:
             raise RuntimeError(

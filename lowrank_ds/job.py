@@ -71,8 +71,12 @@ _EXACT = (torch.float32, torch.float64)  # dtypes updated in place; narrower one
 
 
 def write_entries(job: Job, update: Tensor, step_size: float, scale: Tensor | None) -> None:
-    """W <- (1 - lr scale wd) W - step_size * update, for entries (numel,), in place."""
+    """W <- (1 - lr scale wd) W - step_size * update, for entries (numel,), in place.
+
+    With `Recipe.decay_last` the update is decayed too.
+    """
     weight = job.weight if job.weight.dtype in _EXACT else job.weight.float()
+    step_size = step_size * _keep(job, scale) if job.recipe.decay_last else step_size
     if job.weight_decay:
         weight.mul_(_keep(job, scale))
     weight.sub_(update, alpha=step_size)

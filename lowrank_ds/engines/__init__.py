@@ -5,6 +5,7 @@ An engine never guesses from a tensor's shape: it reads the engine's own records
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from lowrank_ds.engines import deepspeed, fsdp1, plain
 from lowrank_ds.engines.accelerate import refuse_replacement
-from lowrank_ds.engines.deepspeed import allow, name_of
+from lowrank_ds.engines.deepspeed import allow, modules, name_of
 from lowrank_ds.engines.fsdp1 import check, record
 from lowrank_ds.engines.placement import Placement
+from lowrank_ds.layout import Layout
 
 __all__ = [
     "BEFORE_REDUCTION",
@@ -29,7 +31,9 @@ __all__ = [
     "local",
     "local_grad",
     "locate",
+    "modules",
     "name_of",
+    "part",
     "record",
     "refuse_replacement",
 ]
@@ -107,3 +111,19 @@ def locate(
     from lowrank_ds.engines import dtensor
 
     return dtensor.locate(host, own)
+
+
+def part(name: str, param: Tensor) -> tuple[Layout, Tensor, int]:
+    """(layout, entries held here (numel,), version) of a frozen parameter, as a matrix (d0, rest).
+
+    version: counts in-place changes of what is held here.
+
+    Raises:
+        RuntimeError: an engine keeps the parameter where it cannot be read, naming it.
+    """
+    shape = full_shape(param)
+    if deepspeed.is_sharded(param):
+        at, held = deepspeed.frozen(name, param)
+    else:
+        (at,), held = locate(param, [param], [(name, param)], {name: shape}), local(param)
+    return at.layout(shape[0], math.prod(shape[1:])), held.detach().reshape(-1), held._version
