@@ -8,6 +8,7 @@ import torch as _torch
 
 from lowrank_ds.algorithms import ALGORITHMS as _ALGORITHMS
 from lowrank_ds.algorithms import ApolloAdamW, ApolloMini, FiraAdamW, Flora, GaLoreAdafactor, GaLoreAdamW
+from lowrank_ds.backward import layerwise
 from lowrank_ds.engines.huggingface import for_trainer
 from lowrank_ds.lora_fa import LoRAFA, create_lorafa_optimizer, freeze_lora_a, lorafa_groups
 from lowrank_ds.lora_layers import recompute_dropout
@@ -28,6 +29,7 @@ __all__ = [
     "divide_params",
     "for_trainer",
     "freeze_lora_a",
+    "layerwise",
     "lorafa_groups",
     "param_groups",
     "recompute_dropout",

@@ -12,7 +12,7 @@ from typing import Any
 
 from lowrank_ds.optimizer import LowRankOptimizer
 from lowrank_ds.options import COMMON
-from lowrank_ds.recipe import Momentum, Recipe
+from lowrank_ds.recipe import Accumulation, Momentum, Recipe
 from lowrank_ds.residual import Drop, ScaleGradient, ScaleResidual
 from lowrank_ds.rules import Adafactor, Adam
 from lowrank_ds.subspace import Subspace
@@ -48,6 +48,21 @@ def _check_storage(how: Subspace, storage: str | None) -> None:
         raise ValueError(
             f"projector_storage={storage!r} does not go with subspace={how.method!r}: gaussian bases are drawn again "
             'from their seed ("seed"), others are stored ("sharded" or "replicated"). Leave it out to get what fits.'
+        )
+
+
+def _exact_sums(group: Mapping[str, Any]) -> Accumulation | None:
+    """Micro-batches summed in the recipe's own subspace, for recipes that use nothing outside it."""
+    if not group["compress_accumulation"]:
+        return None
+    return None if group["rank"] is None else Accumulation()
+
+
+def _no_exact_sums(group: Mapping[str, Any], why: str) -> None:
+    if group["compress_accumulation"]:
+        raise ValueError(
+            f"compress_accumulation=True sums micro-batches in the subspace, and {why}. Leave it out: whole gradients "
+            "are summed, sharded as the engine shards them."
         )
 
 
@@ -118,7 +133,7 @@ class GaLoreAdamW(_AdamW):
     @classmethod
     def recipe(cls, group: Mapping[str, Any]) -> Recipe:
         """Adam in the subspace, residual dropped."""
-        return Recipe(_adam(group), _subspace(group), Drop(group["scale"]))
+        return Recipe(_adam(group), _subspace(group), Drop(group["scale"]), accumulation=_exact_sums(group))
 
 
 class GaLoreAdafactor(_Adafactor):
@@ -135,7 +150,7 @@ class GaLoreAdafactor(_Adafactor):
         """Adafactor in the subspace, residual dropped."""
         if group["rank"] is not None and group["on_refresh"] == "rotate" and not group["beta1"]:
             raise ValueError('on_refresh="rotate" moves the momentum, and beta1 is null: there is none. Set beta1.')
-        return Recipe(_adafactor(group), _subspace(group), Drop(group["scale"]))
+        return Recipe(_adafactor(group), _subspace(group), Drop(group["scale"]), accumulation=_exact_sums(group))
 
 
 class FiraAdamW(_AdamW):
@@ -154,6 +169,7 @@ class FiraAdamW(_AdamW):
         """Adam in the subspace, residual scaled."""
         how = _subspace(group)
         _orthonormal(how, "Fira's residual")
+        _no_exact_sums(group, "Fira's residual is the rest of the gradient")
         limiter = math.inf if group["limiter"] is None else group["limiter"]
         return Recipe(_adam(group), how, ScaleResidual(group["alpha"], group["residual"], group["scaling"], limiter))
 
@@ -178,6 +194,7 @@ class ApolloAdamW(_AdamW):
         """Adam in a random subspace, only its scaling used."""
         if group["rank"] is not None and group["proj_type"] == "full":
             raise ValueError('APOLLO scales one side: proj_type="full" has no meaning here.')
+        _no_exact_sums(group, "APOLLO scales the whole gradient")
         growth = None if group["disable_nl"] else 1.01
         scaled = ScaleGradient(group["scale"], group["scale_type"] == "channel", growth, group["scale_front"])
         return Recipe(_adam(group), _subspace(group), scaled)
@@ -204,6 +221,7 @@ class Flora(_Adafactor):
         "beta1": 0.9, "weight_decay": 0.0, "scale_parameter": True, "relative_step": None, "warmup_init": False,
         "factorize_second_moment": True, "seed": 0, "quantization": False,
         **{k: COMMON[k] for k in ("proj_type", "target_modules", "exclude", "matricize", "stochastic_rounding")},
+        "accumulation_compression_rank": None,
     }  # fmt: skip
 
     @classmethod
@@ -218,7 +236,9 @@ class Flora(_Adafactor):
             raise ValueError('Flora compresses one side: proj_type="full" has no meaning here.')
         rule = _adafactor(group, momentum_first=True, factored=group["factorize_second_moment"])
         how = _subspace({**group, "on_refresh": "keep"}, "kappa", method="gaussian")
-        return Recipe(rule, how, Drop(), None if how is None else Momentum(group["beta1"]))
+        sketch = None if how is None else group["accumulation_compression_rank"]
+        sums = None if sketch is None else Accumulation(sketch)
+        return Recipe(rule, how, Drop(), None if how is None else Momentum(group["beta1"]), sums)
 
 
 ALGORITHMS = (GaLoreAdamW, GaLoreAdafactor, FiraAdamW, ApolloAdamW, ApolloMini, Flora)

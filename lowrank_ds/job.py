@@ -19,7 +19,8 @@ _CHUNK = 1 << 16  # entries of G scaled at a time on CPU: a temporary that stays
 class Job:
     """One matrix in one step.
 
-    grad, weight: this rank's entries (numel,), views of what the optimizer was handed.
+    grad, weight: this rank's entries (numel,), views of what the optimizer was handed. grad is None when all of this
+    step's gradient is in state["accumulated"], where `micro_batches` were summed (`accumulate.py`).
     state: the matrix's state tensors. step: 1, 2, ...; moment_step: the same since moments were last reset.
     lr, weight_decay: of this step. refresh: whether a new basis is due; refresh_count: bases drawn before this step;
     owner: the rank that computes an exact SVD; replica: the one it does so in (`Layout.mirror`); fresh: the basis from
@@ -28,7 +29,7 @@ class Job:
 
     layout: Layout
     recipe: Recipe
-    grad: Tensor
+    grad: Tensor | None
     weight: Tensor
     state: MutableMapping[str, Tensor]
     key: tuple[int, str]
@@ -42,6 +43,7 @@ class Job:
     stochastic_rounding: bool = True
     replica: int = 0
     fresh: dict[str, Tensor] | None = None
+    micro_batches: int = 0
 
     @property
     def size(self) -> int:

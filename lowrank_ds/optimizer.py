@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lowrank_ds import engines, options, pipeline
+from lowrank_ds import accumulate, engines, options, pipeline
 from lowrank_ds import params as selection
 from lowrank_ds.collectives import Task, run_all
 from lowrank_ds.groups import NamedGroups, logger
@@ -17,6 +17,11 @@ from lowrank_ds.job import Job
 from lowrank_ds.linalg import LARGEST_GRADIENT
 from lowrank_ds.recipe import Recipe
 from lowrank_ds.slots import COUNTERS, Slot, bind, deal, due, offset
+
+if TYPE_CHECKING:
+    from lowrank_ds.backward import InBackward
+
+Place = tuple[dict[str, Any], int]  # a param group and the index of a tensor in it
 
 _BUCKET = 1 << 27  # numbers (fp32) that shared work keeps alive at once
 
@@ -31,6 +36,8 @@ class LowRankOptimizer(NamedGroups):
         self._bound: dict[Tensor, dict[str, Tensor]] = {}  # the state tensors the slots work on
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._warned: set[str] = set()
+        self._loads: dict[Any, dict[int, float]] = {}  # exact SVDs given to each rank in this step
+        self._in_backward: InBackward | None = None
 
     # -- where tensors live, and their state --------------------------------------------------------------------------
     def init_state(self) -> None:
@@ -54,6 +61,12 @@ class LowRankOptimizer(NamedGroups):
             if at.name in self._projected and group["rank"] is not None:
                 selection.check_rank(at.name, at.shape, group["rank"], group["matricize"])
         recipe, alone = self.recipe(group), len(placements) == 1
+        if recipe.accumulation is not None and not engines.frees(host, any(p is host for _, p in members)):
+            raise RuntimeError(
+                f"{placements[0].name if placements else names[index]}: compress_accumulation cannot take gradients "
+                "from this engine, which sums whole ones itself (DeepSpeed ZeRO, FSDP1). Leave it out (DeepSpeed: "
+                "gradient_accumulation_steps in the ds_config), or use FSDP2."
+            )
         self._slots[host] = [
             slot
             for at in placements
@@ -96,37 +109,54 @@ class LowRankOptimizer(NamedGroups):
                     "only fits the former; build the optimizer with it."
                 )
         # how state is kept and computed here is this optimizer's own affair, not the saved one's
-        kept = {k: v for k, v in theirs.items() if k not in ("param_names", "projector_storage", "compile")}
+        own = ("param_names", "projector_storage", "compile", "compress_accumulation", "accumulation_compression_rank")
+        kept = {k: v for k, v in theirs.items() if k not in own}
         return {**{k: v for k, v in ours.items() if k != "params"}, **kept}
 
     # -- the step -----------------------------------------------------------------------------------------------
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step on every parameter that has a gradient.
+        """One step on every parameter that has a gradient; under `layerwise`, on those not yet updated.
 
         Raises:
             RuntimeError: a ZeRO partition without gradient, or a sparse gradient.
             ValueError: a learning rate that is not finite.
         """
+        if self._in_backward is not None:
+            return self._in_backward.step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [
-            (slot, group, grad, weight)
-            for group in self.param_groups
-            for index in range(len(group["params"]))
-            for slot, grad, weight in self._work(group, index)
-        ]
         held = [p for group in self.param_groups for p in group["params"] if p.numel()]
-        if held and all(p.grad is None for p in held):
-            done = "every gradient counted as zero" if work else "nothing was updated"
-            self._warn_once("no gradient", f"step() found no gradient on any parameter: {done}.")
+        missing = bool(held) and not any(engines.has_grad(p) or self._sums(p) for p in held)
+        done = self._update(self._places())
+        if missing:
+            what = "every gradient counted as zero" if done else "nothing was updated"
+            self._warn_once("no gradient", f"step() found no gradient on any parameter: {what}.")
+        self._loads.clear()
+        return loss
+
+    def _places(self) -> list[Place]:
+        return [(group, index) for group in self.param_groups for index in range(len(group["params"]))]
+
+    @torch.no_grad()
+    def _update(self, places: Iterable[Place], clip: Callable[[list], None] | None = None) -> bool:
+        """Update these tensors from their gradients. Answers whether there were any.
+
+        clip: scales the gradients in a list of (slot, group, gradient entries, weight entries), in place.
+        """
+        work = [item for group, index in places for item in self._work(group, index)]
         if not work:
-            return loss
+            return False
         if engines.before_reduction(slot.host for slot, *_ in work if slot.layout.group is None):
             self._warn_once("in backward", engines.BEFORE_REDUCTION)
-        jobs = self._jobs(work)
+        if clip is not None:
+            clip(work)
+        self._run(self._jobs(work))
+        return True
+
+    def _run(self, jobs: list[tuple[Slot, Job]]) -> None:
         for device in _devices(job.weight for _, job in jobs):
             tasks = [(s, job) for s, job in jobs if job.weight.device == device]
             self._mirror_bases([job for _, job in tasks], device)
@@ -135,7 +165,64 @@ class LowRankOptimizer(NamedGroups):
         while self._copies:
             weight, copy = self._copies.pop()
             weight.copy_(copy)
-        return loss
+
+    # -- micro-batches ------------------------------------------------------------------------------------------
+    def accumulate(self, model: torch.nn.Module | None = None) -> None:
+        """Add the gradients there are now to the sums in the subspace and free them (`compress_accumulation`).
+
+        Call it after the backward of each micro-batch; `step()` uses the sums. Gradients that are needed whole stay on
+        the parameters and add up there: of parameters that are not projected, and of matrices whose basis the coming
+        step renews.
+
+        Args:
+            model: the DDP-wrapped model; only needed under DDP, where every micro-batch must be averaged (no
+                `no_sync()`).
+
+        Raises:
+            RuntimeError: no param group sums in a subspace; the engine sums gradients itself (DeepSpeed ZeRO, FSDP1);
+                or the gradients of a DDP job are not averaged, or not known to be.
+        """
+        if not any(self.recipe(group).accumulation for group in self.param_groups):
+            raise RuntimeError(
+                f"{type(self).__name__}.accumulate() sums nothing in a subspace: build the optimizer with "
+                "compress_accumulation=True (Flora: accumulation_compression_rank)."
+            )
+        engines.check_averaged(model, (p for group in self.param_groups for p in group["params"]))
+        self._fold(self._places())
+
+    @torch.no_grad()
+    def _fold(self, places: Iterable[Place]) -> None:
+        """Sum the gradients of these tensors in the subspace, where the coming step allows it, and free them."""
+        tasks: dict[torch.device, list[Task]] = {}
+        staged = len(self._copies)
+        for group, index in places:
+            recipe, host = self.recipe(group), group["params"][index]
+            if recipe.accumulation is None or not engines.has_grad(host):
+                continue
+            slots = self._bind(group, index)
+            if not all(_folds(slot, recipe) for slot in slots):
+                continue
+            for slot, _, grad, weight in self._work(group, index):
+                slot.micro_batches += 1
+                slot.write_counters()
+                job = self._job(slot, group, recipe, grad, weight, False, advance=False)
+                tasks.setdefault(weight.device, []).append(Task(job.layout, accumulate.fold(job), job.size))
+            engines.drop_grad(host)
+        for device, found in tasks.items():
+            run_all(found, device, _BUCKET)
+        del self._copies[staged:]  # no weight changed
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; sums of micro-batches that no step has used are dropped too."""
+        super().zero_grad(set_to_none)
+        if self._in_backward is not None:
+            self._in_backward.forget()
+        for slot in (slot for slots in self._slots.values() for slot in slots):
+            slot.drop_sums()
+
+    def _sums(self, host: Tensor) -> bool:
+        """Whether micro-batches of this tensor were summed in the subspace."""
+        return any(slot.micro_batches for slot in self._slots.get(host, ()))
 
     @staticmethod
     def _mirror_bases(jobs: list[Job], device: torch.device) -> None:
@@ -147,22 +234,28 @@ class LowRankOptimizer(NamedGroups):
         shares = [Task(job.layout.mirror, pipeline.mirror_basis(job, known.get(id(job))), job.size) for job in due_now]
         run_all(shares, device, _BUCKET)
 
-    def _work(self, group: dict[str, Any], index: int) -> list[tuple[Slot, Tensor, Tensor]]:
-        """(slot, gradient entries, weight entries) of one tensor; nothing if it has no gradient."""
+    def _work(self, group: dict[str, Any], index: int) -> list[tuple[Slot, dict, Tensor | None, Tensor]]:
+        """(slot, group, gradient entries, weight entries) of one tensor; nothing if it has no gradient.
+
+        The gradient is None where all of it was summed in the subspace.
+        """
         if not math.isfinite(self.learning_rate(group, 1)):
             raise ValueError(f"{type(self).__name__}: the learning rate is {group['lr']}; check the scheduler.")
         host = group["params"][index]
-        if host.grad is None and not host.requires_grad:
+        if not host.requires_grad and not engines.has_grad(host):
             return []  # frozen: no state either
         slots = self._bind(group, index)
-        grad = self._gradient(host, slots)
-        if grad is None:
+        summed = bool(slots) and all(slot.micro_batches for slot in slots)
+        grad = None if summed and not engines.has_grad(host) else self._gradient(host, slots)
+        if grad is None and not summed:
             return []
-        if grad.is_sparse:
+        if grad is not None and grad.is_sparse:
             raise RuntimeError(f"{slots[0].name} has a sparse gradient; use nn.Embedding(sparse=False).")
-        weight, grad = engines.local(host).detach(), grad.detach().contiguous().view(-1)
+        weight, grad = engines.local(host).detach(), None if grad is None else grad.detach().contiguous().view(-1)
         weight = weight if weight.is_contiguous() else self._staged(weight)
-        return [(slot, slot.entries(grad), slot.entries(weight.view(-1))) for slot in slots]
+        return [
+            (slot, group, None if grad is None else slot.entries(grad), slot.entries(weight.view(-1))) for slot in slots
+        ]
 
     def _gradient(self, host: Tensor, slots: list[Slot]) -> Tensor | None:
         """This rank's part of a gradient; None if it takes no part in this step (the same answer on all ranks)."""
@@ -176,12 +269,12 @@ class LowRankOptimizer(NamedGroups):
             if not host.requires_grad:
                 return None
             return torch.zeros_like(host) if host.grad is None else host.grad
-        if host.grad is None and not engines.is_dtensor(host) and any(slot.layout.shared for slot in slots):
+        if not engines.has_grad(host) and not engines.is_dtensor(host) and any(slot.layout.shared for slot in slots):
             raise RuntimeError(
                 f"the partition that holds {slots[0].name} has no gradient: call engine.backward(loss) and "
                 "engine.step() (not loss.backward() and optimizer.step())."
             )
-        return None if host.grad is None else engines.local_grad(host)
+        return engines.local_grad(host) if engines.has_grad(host) else None
 
     def _staged(self, weight: Tensor) -> Tensor:
         """A contiguous copy of a weight with other strides (channels_last), written back after the step."""
@@ -193,7 +286,6 @@ class LowRankOptimizer(NamedGroups):
         recipes = {id(group): self.recipe(group) for group in self.param_groups}
         asked = [i for i, (slot, g, _, _) in enumerate(work) if slot.step == 0 or due(slot, recipes[id(g)])]
         surveys = dict(zip(asked, self._survey([work[i] for i in asked]), strict=True))
-        loads: dict[Any, dict[int, float]] = {}
         jobs = []
         for i, (slot, group, grad, weight) in enumerate(work):
             recipe = recipes[id(group)]
@@ -202,12 +294,13 @@ class LowRankOptimizer(NamedGroups):
             if unusable or skipped:
                 self._report_skipped(slot)
             if slot.step == 0 and not usable:
+                slot.drop_sums()
                 continue  # a parameter without any gradient so far must not start its clock, its basis or its decay
             # Flora's change of basis moves what is stored and needs no gradient; the others are made from this one.
             refresh = due(slot, recipe) and (usable or recipe.momentum is not None)
             job = self._job(slot, group, recipe, grad, weight, refresh)
             if refresh and recipe.subspace.method == "svd":
-                self._deal(job, loads)
+                self._deal(job, self._loads)
             jobs.append((slot, job))
             slot.write_counters()
         return jobs
@@ -222,28 +315,30 @@ class LowRankOptimizer(NamedGroups):
         if layout.shared and (mirror is None or job.replica == mirror.rank):
             job.owner = deal(loads.setdefault(layout.group, {}), layout, layout.world)
 
-    def _job(self, slot: Slot, group, recipe: Recipe, grad: Tensor, weight: Tensor, refresh: bool) -> Job:
-        count = slot.refreshes
+    def _job(self, slot: Slot, group, recipe: Recipe, grad, weight: Tensor, refresh: bool, advance: bool = True) -> Job:
+        """What the mathematics is given. advance: this is a step, not a micro-batch before it."""
+        count, step = slot.refreshes, slot.step + 1
         if refresh:
             stagger = recipe.subspace.stagger and count == 0
             slot.last_refresh = slot.step - (offset(slot.name, recipe.subspace.every) if stagger else 0)
             slot.refreshes += 1
             if recipe.subspace.on_refresh == "reset":
                 slot.moment_step = 0
-        slot.step += 1
-        slot.moment_step += 1
-        return Job(
-            slot.layout, recipe, grad, weight, slot.state, (group["seed"], slot.name), slot.step, slot.moment_step,
-            self.learning_rate(group, slot.step), float(group["weight_decay"]), refresh, count,
-            slot.layout.rank, group["stochastic_rounding"],
+        job = Job(
+            slot.layout, recipe, grad, weight, slot.state, (group["seed"], slot.name), step, slot.moment_step + 1,
+            self.learning_rate(group, step), float(group["weight_decay"]), refresh, count, slot.layout.rank,
+            group["stochastic_rounding"], micro_batches=slot.micro_batches,
         )  # fmt: skip
+        if advance:
+            slot.step, slot.moment_step, slot.micro_batches = step, slot.moment_step + 1, 0
+        return job
 
     def _survey(self, work: list) -> list[tuple[float, float, float]]:
         """(unusable, non-zero, skipped so far) of each gradient over all ranks: one all-reduce and one read for all."""
         found: dict[int, list[float]] = {}
         for device in _devices(weight for *_, weight in work):
             here = [i for i, (*_, weight) in enumerate(work) if weight.device == device]
-            tasks = [Task(work[i][0].layout, pipeline.survey(work[i][2], work[i][0].state["skipped"]), 1) for i in here]
+            tasks = [Task(work[i][0].layout, pipeline.survey(work[i][2], work[i][0].state), 1) for i in here]
             found |= dict(zip(here, torch.stack(run_all(tasks, device, _BUCKET)).tolist(), strict=True))
         return [found[i] for i in range(len(work))]
 
@@ -263,6 +358,11 @@ class LowRankOptimizer(NamedGroups):
         if key not in self._warned:
             self._warned.add(key)
             logger.warning("%s: %s", type(self).__name__, message)
+
+
+def _folds(slot: Slot, recipe: Recipe) -> bool:
+    """Whether the coming step needs no more of this matrix' gradient than its sum in the subspace."""
+    return slot.projected and (recipe.accumulation.rank is not None or not due(slot, recipe))
 
 
 def _same(bound: Mapping[str, Tensor], store: Mapping[str, Tensor]) -> bool:

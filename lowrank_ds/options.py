@@ -97,6 +97,11 @@ CHECKS: dict[str, Check] = {
     ),
     "seed": ((lambda v: _integer(v, 0)), "a whole number >= 0"),
     "stochastic_rounding": _BOOLEAN,
+    "compress_accumulation": _BOOLEAN,
+    "accumulation_compression_rank": (
+        (lambda v: v is None or _integer(v, 1)),
+        "a whole number >= 1, or null to sum micro-batches as whole gradients",
+    ),
 }
 
 COMMON: dict[str, Any] = {
@@ -110,10 +115,12 @@ COMMON: dict[str, Any] = {
     "matricize": "auto",
     "seed": 0,
     "stochastic_rounding": True,
+    "compress_accumulation": False,
 }
 
 # Keys other libraries put into param groups; harmless here.
-TOLERATED = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "name"}
+TOLERATED = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "name",
+             "previous_grad_norm"}  # fmt: skip
 
 
 def check(options: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:

@@ -17,14 +17,14 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from lowrank_ds import linalg
+from lowrank_ds import accumulate, linalg
 from lowrank_ds.axis import ENTRIES, SCALAR, Stored
 from lowrank_ds.job import Job, where_live, write, write_entries
 from lowrank_ds.layout import Layout
 from lowrank_ds.lines import Lines
 from lowrank_ds.projection import Left, Right, TwoSided, choose
 from lowrank_ds.recipe import Recipe
-from lowrank_ds.requests import Gather, Steps, Sum, ask, together
+from lowrank_ds.requests import Steps, Sum, ask, together
 from lowrank_ds.rules import Adafactor, Adam
 from lowrank_ds.subspace import Sharded, factorize
 
@@ -35,13 +35,23 @@ def update(job: Job, projected: bool) -> Steps:
         return (yield from plain(job))
     if job.recipe.correction:
         return (yield from corrected_gradient(job))
+    if job.micro_batches and job.recipe.accumulation.rank is not None:
+        yield from _restore(job)
     return (yield from (compressed_momentum(job) if job.recipe.momentum else projected_gradient(job)))
+
+
+def _restore(job: Job) -> Steps:
+    """Put the sum of a sketch's micro-batches into the place of the gradient."""
+    summed = yield from accumulate.restored(job)
+    job.grad = summed if job.grad is None else summed.add_(job.grad)
+    job.micro_batches = 0
 
 
 # --- state -----------------------------------------------------------------------------------------------------------
 def state_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, Stored]:
     """{state name: shape} of the fp32 tensors kept for one matrix."""
-    return _rule_shapes(layout, recipe, projected) | {"skipped": SCALAR}
+    sums = accumulate.state_shapes(layout, recipe) if projected else {}
+    return _rule_shapes(layout, recipe, projected) | sums | {"skipped": SCALAR}
 
 
 def _rule_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, Stored]:
@@ -87,7 +97,7 @@ def projected_gradient(job: Job) -> Steps:
     elif job.refresh and recipe.subspace.on_refresh == "reset":
         _reset(job)
     basis, live = yield from _basis(job, side)
-    coords, squares = yield from side.down(job.grad, basis, recipe.residual.needs_squares)
+    coords, squares = yield from _coordinates(job, side, basis)
     coords = where_live(live, coords)
     if job.refresh and len(side.bases) == 2:
         coords = yield from _without_noise(coords, side.lines)
@@ -97,6 +107,17 @@ def projected_gradient(job: Job) -> Steps:
     factor, direction = (None if x is None else where_live(live, x) for x in (factor, direction))
     factor, direction = yield from side.spread(factor, direction)
     write(job, side, basis, job.grad, factor, direction, job.lr * correction, scale, live)
+
+
+def _coordinates(job: Job, side, basis) -> Steps:
+    """Coordinates (kept, r) of the whole step's gradient and, if the residual needs them, its lines' squared norms."""
+    before = job.state["accumulated"].clone() if job.micro_batches else None
+    if before is not None:
+        accumulate.clear(job.state)
+    if job.grad is None:
+        return before, None
+    coords, squares = yield from side.down(job.grad, basis, job.recipe.residual.needs_squares)
+    return coords if before is None else before.add_(coords), squares
 
 
 def _refresh(job: Job, side) -> Steps:
@@ -160,31 +181,33 @@ def _basis(job: Job, side) -> Steps:
     """The basis as the projection needs it, and whether the whole gradient is finite (1.0 or 0.0, on the device)."""
     gaussian = job.recipe.subspace.method == "gaussian"
     asked = () if gaussian else side.requests(job.state)
-    *answers, peaks = yield (*asked, _ask_peaks(job))
+    *answers, peaks = yield (*asked, accumulate.ask_peaks(job))
     if gaussian:
         count = job.refresh_count + job.refresh - 1
-        basis = side.random((*job.key, count), job.grad.device)
+        basis = side.random((*job.key, count), job.weight.device)
     else:
         basis = side.gathered(job.state, tuple(answers))
     return basis, _live(job, peaks)
 
 
-def _ask_peaks(job: Job) -> Gather:
-    """Each holder's largest gradient magnitude."""
-    axis = job.layout.even(job.layout.takers)  # one line each
-    return Gather(linalg.peak(job.grad).view(1)[: axis.count], axis)
+def survey(grad: Tensor | None, state: dict[str, Tensor]) -> Steps:
+    """[ranks with unusable entries, ranks with non-zero ones, updates skipped so far] (3,), known to every rank.
 
-
-def survey(grad: Tensor, skipped: Tensor) -> Steps:
-    """[ranks with unusable entries, ranks with non-zero ones, updates skipped so far] (3,), known to every rank."""
-    mine = linalg.peak(grad)
+    grad: entries (numel,), None when all of it is in the sums of micro-batches.
+    """
+    sums, skipped = state.get("accumulated_peak"), state["skipped"]
+    mine = torch.zeros_like(skipped) if grad is None else linalg.peak(grad)
+    mine = mine if sums is None else torch.maximum(mine, sums)
     found = yield Sum(torch.stack([~linalg.is_usable(mine), mine != 0]).float())
     return torch.cat([found, skipped.view(1)])
 
 
 def _live(job: Job, peaks: Tensor) -> Tensor:
     """1.0 if the whole gradient can be used, 0.0 if not (then it is counted), on the device."""
-    live = linalg.is_usable(peaks.max()).float()
+    largest = peaks.max()
+    if job.micro_batches:
+        largest = torch.maximum(largest, job.state["accumulated_peak"])
+    live = linalg.is_usable(largest).float()
     job.state["skipped"].add_(1 - live)
     return live
 
@@ -222,12 +245,12 @@ def compressed_momentum(job: Job) -> Steps:
     state, beta1 = job.state, job.recipe.momentum.beta1
     side = side_of(job.layout, job.recipe)
     update, live = yield from _preconditioned(job)
-    basis = side.random((*job.key, max(job.refresh_count - 1, 0)), job.grad.device)
+    basis = side.random((*job.key, max(job.refresh_count - 1, 0)), job.weight.device)
     (coords, _), gram = yield from together(side.down(update, basis, False), side.overlap(basis, basis))
     old = state["exp_avg"].clone()
     square, scale = yield from together(_mixed_square(side, update, coords, old, gram, beta1), _parameter_scale(job))
     if job.refresh and job.refresh_count:
-        new = side.random((*job.key, job.refresh_count), job.grad.device)
+        new = side.random((*job.key, job.refresh_count), job.weight.device)
         moved, (coords, _) = yield from together(side.overlap(basis, new), side.down(update, new, False))
         state["exp_avg"].copy_(state["exp_avg"] @ moved)
     state["exp_avg"].lerp_(coords, live * (1 - beta1))
@@ -241,7 +264,7 @@ def compressed_momentum(job: Job) -> Steps:
 def _preconditioned(job: Job) -> Steps:
     """Adafactor's raw update of the whole matrix: this rank's entries (numel,), zeros when not live."""
     layout, rule = job.layout, job.recipe.rule
-    live = _live(job, (yield _ask_peaks(job)))
+    live = _live(job, (yield accumulate.ask_peaks(job)))
     grad = where_live(live, job.grad.float())
     if not rule.is_factored(*layout.shape):
         lines = Lines(layout.rows_axis, layout, partial=True)
@@ -277,7 +300,7 @@ def plain(job: Job) -> Steps:
     """The recipe's rule on the parameter itself: biases, norms, embeddings."""
     rule, scale, correction = job.recipe.rule, None, 1.0
     if isinstance(rule, Adam):
-        live = _live(job, (yield _ask_peaks(job)))
+        live = _live(job, (yield accumulate.ask_peaks(job)))
         grad = where_live(live, job.grad.float())
         update = rule.update(grad.view_as(job.state["exp_avg"]), job.state, live).view(-1)
         correction = rule.correction(job.step)

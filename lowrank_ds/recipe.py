@@ -30,6 +30,16 @@ class Correction:
 
 
 @dataclass(frozen=True)
+class Accumulation:
+    """Micro-batches are summed in a subspace (`accumulate.py`): the recipe's own, or a random one of this rank.
+
+    rank: None sums exactly, in the recipe's own subspace; a number sums a sketch in a fresh random subspace each step.
+    """
+
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How the projected matrices of a parameter group are trained, and the parameters beside them.
 
@@ -40,6 +50,7 @@ class Recipe:
         momentum: set for Flora: the rule acts on the whole matrix, its momentum is what is compressed.
         correction: set for LoRA-FA: what counts as projected is not, its gradient is multiplied from the right.
         decay_last: weight decay multiplies the updated weight, W <- (1 - lr wd) (W - lr U), as in peft's LoRA-FA.
+        accumulation: how micro-batches are summed; None: as whole gradients, by the engine.
     """
 
     rule: Adam | Adafactor
@@ -48,3 +59,4 @@ class Recipe:
     momentum: Momentum | None = None
     correction: Correction | None = None
     decay_last: bool = False
+    accumulation: Accumulation | None = None

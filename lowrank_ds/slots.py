@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowrank_ds import engines, params, pipeline
+from lowrank_ds import accumulate, engines, params, pipeline
 from lowrank_ds.axis import SCALAR, Stored
 from lowrank_ds.engines.placement import Placement
 from lowrank_ds.layout import Layout
 from lowrank_ds.recipe import Recipe
 
-COUNTERS = ("step", "refreshes", "last_refresh", "moment_step")
+COUNTERS = ("step", "refreshes", "last_refresh", "moment_step", "micro_batches")
 
 
 @dataclass
@@ -40,6 +40,7 @@ class Slot:
     refreshes: int = 0
     last_refresh: int = 0
     moment_step: int = 0
+    micro_batches: int = 0
     none_is_zero: bool = False
 
     def read_counters(self) -> None:
@@ -53,6 +54,13 @@ class Slot:
         for name in COUNTERS:
             if name in self.state:
                 self.state[name].fill_(getattr(self, name))
+
+    def drop_sums(self) -> None:
+        """Forget micro-batches that no step has used."""
+        if self.micro_batches:
+            accumulate.clear(self.state)
+            self.micro_batches = 0
+            self.write_counters()
 
     def entries(self, flat: Tensor) -> Tensor:
         """This rank's entries (numel,) out of the tensor's flattened entries."""
@@ -106,9 +114,10 @@ def _bind_stack(host, at, recipe: Recipe, projected: bool, stack: tuple[int, int
     for name, stored in _all_shapes(layout, recipe, projected).items():
         here = at.here if stored.entries else (*lead, *stored.local)
         counter = name in COUNTERS and not lead
-        fresh = _fresh(name, here, "meta" if loaded else "cpu" if counter else device)
+        known = loaded and not _new(name, name, store)
+        fresh = _fresh(name, here, "meta" if known else "cpu" if counter else device)
         wrapped = at.wrap(fresh, stored, m, n)
-        if loaded:
+        if known:
             _check_loaded(at.name, name, store, name, wrapped)
         else:
             store[name] = wrapped
@@ -126,9 +135,10 @@ def _adopt(slot: Slot, recipe: Recipe, plain_shape: tuple[int, ...], store: dict
     prefix = slot.prefix
     loaded = any(key.startswith(prefix) for key in store) if prefix else bool(store)
     for name, stored in _all_shapes(slot.layout, recipe, slot.projected).items():
-        device = "meta" if loaded else "cpu" if name in COUNTERS else slot.host.device
+        known = loaded and not _new(name, prefix + name, store)
+        device = "meta" if known else "cpu" if name in COUNTERS else slot.host.device
         fresh = _fresh(name, plain_shape if stored.entries else stored.local, device)
-        if loaded:
+        if known:
             _check_loaded(slot.name, name, store, prefix + name, fresh)
         else:
             store[prefix + name] = fresh
@@ -137,8 +147,16 @@ def _adopt(slot: Slot, recipe: Recipe, plain_shape: tuple[int, ...], store: dict
 
 
 def _all_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, Stored]:
-    counters = COUNTERS if projected and recipe.subspace is not None else COUNTERS[:1]
+    if not projected or recipe.subspace is None:
+        counters = COUNTERS[:1]
+    else:
+        counters = COUNTERS if recipe.accumulation else COUNTERS[:-1]
     return {**pipeline.state_shapes(layout, recipe, projected), **dict.fromkeys(counters, SCALAR)}
+
+
+def _new(name: str, key: str, store: Mapping[str, Tensor]) -> bool:
+    """Whether loaded state may lack this: sums of micro-batches, when they were switched on after it was saved."""
+    return key not in store and name in ("accumulated", "accumulated_peak", "micro_batches")
 
 
 def _fresh(name: str, shape: tuple[int, ...], device: torch.device | str) -> Tensor:

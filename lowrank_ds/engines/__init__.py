@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
@@ -22,20 +23,29 @@ from lowrank_ds.layout import Layout
 
 __all__ = [
     "BEFORE_REDUCTION",
+    "NOT_REDUCED",
     "Placement",
+    "Sharers",
     "allow",
+    "attach",
     "before_reduction",
     "check",
+    "check_averaged",
+    "drop_grad",
+    "frees",
     "full_shape",
+    "has_grad",
     "is_dtensor",
     "local",
     "local_grad",
     "locate",
     "modules",
     "name_of",
+    "on_gradient",
     "part",
     "record",
     "refuse_replacement",
+    "sharers",
 ]
 
 
@@ -57,6 +67,95 @@ def before_reduction(whole: Iterable[Tensor]) -> bool:
     inside = getattr(torch._C, "_current_graph_task_id", lambda: -1)() != -1
     several = inside and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     return several and any(not is_dtensor(tensor) for tensor in whole)
+
+
+NOT_REDUCED = (
+    "layerwise: {name} is a whole, plain tensor in a job of several processes. Its gradient is complete on this "
+    "process only: nothing has averaged it yet (DDP does so later, and does not free it), so updating now would let "
+    "the processes drift apart. Use replicate() (torch.distributed._composable.replicate_with_fsdp), or fully_shard "
+    "with a mesh of (world, 1): the same training, and gradients are freed."
+)
+
+
+def attach(model: Any, optimizer: Any) -> None:
+    """Prepare a model for updates inside the backward.
+
+    Raises:
+        RuntimeError: an engine under which that is wrong or saves nothing: DDP, FSDP1.
+    """
+    for part in model.modules():
+        kind = type(part).__name__
+        if isinstance(part, torch.nn.parallel.DistributedDataParallel):
+            raise RuntimeError(
+                "layerwise: the model is wrapped in DistributedDataParallel, which averages gradients after the hooks "
+                "and keeps them all in its buckets. Use replicate() (torch.distributed._composable."
+                "replicate_with_fsdp), or fully_shard with a mesh of (world, 1): the same training, gradients freed."
+            )
+        if kind == "FullyShardedDataParallel":
+            raise RuntimeError(
+                "layerwise: the model is wrapped in FSDP1, which fires no hook with the reduced gradient. Use FSDP2: "
+                "torch.distributed.fsdp.fully_shard."
+            )
+
+
+def on_gradient(host: Tensor, callback: Callable[[Tensor], None]) -> Any:
+    """Call `callback(host)` whenever a backward has completed the gradient of `host`. Answers a removable handle."""
+    return host.register_post_accumulate_grad_hook(callback)
+
+
+def has_grad(host: Tensor) -> bool:
+    """Whether there is a gradient for `host`."""
+    return host.grad is not None
+
+
+def drop_grad(host: Tensor) -> None:
+    """Free the gradient of `host`."""
+    host.grad = None
+
+
+def check_averaged(model: Any, hosts: Iterable[Tensor]) -> None:
+    """Raise RuntimeError unless gradients are known to be averaged over the processes after each backward."""
+    several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    if not several or all(is_dtensor(host) for host in hosts):
+        return
+    if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise RuntimeError(
+            "accumulate(): whole, plain tensors in a job of several processes; are their gradients averaged after each "
+            "backward? Pass the DDP-wrapped model, accumulate(model), so that this can be checked."
+        )
+    if not model.require_backward_grad_sync:
+        raise RuntimeError(
+            "accumulate(): called inside DDP's no_sync(): the gradients of this micro-batch are not averaged. Leave "
+            "no_sync() out, what is summed here is averaged at each micro-batch."
+        )
+
+
+class Sharers(NamedTuple):
+    """The ranks that together hold one tensor's entries, each once: what a sum over the whole tensor goes over."""
+
+    group: Any
+
+    @property
+    def shared(self) -> bool:
+        """Whether there is more than this rank."""
+        return self.group is not None
+
+
+def sharers(host: Tensor) -> Sharers:
+    """Who shares the entries of `host` (a tensor `on_gradient` works for)."""
+    if not is_dtensor(host):
+        return Sharers(None)
+    from lowrank_ds.engines import dtensor
+
+    return Sharers(dtensor.sharing_group(host))
+
+
+def frees(host: Tensor, original: bool) -> bool:
+    """Whether dropping the gradient of `host` frees it: FSDP1 and ZeRO keep and sum gradients of their own.
+
+    original: whether `host` is a parameter that the optimizer was built with.
+    """
+    return is_dtensor(host) or (original and not fsdp1.is_flattened(host))
 
 
 def is_dtensor(tensor: Tensor) -> bool:

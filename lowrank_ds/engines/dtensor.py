@@ -67,6 +67,13 @@ def locate(host: DTensor, name: str) -> list[DTensorPlacement]:
     ]
 
 
+def sharing_group(host: DTensor) -> Any:
+    """The group of the ranks that together hold the entries of `host`, each once; None if this rank holds all."""
+    mesh = host.device_mesh
+    dims = tuple(d for d, p in enumerate(host.placements) if not isinstance(p, Replicate) and mesh.size(d) > 1)
+    return _group(mesh, dims)[0] if dims else None
+
+
 @dataclass(frozen=True)
 class DTensorPlacement:
     """A parameter that is a DTensor.

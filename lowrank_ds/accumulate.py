@@ -1,0 +1,99 @@
+"""Gradient accumulation in a subspace: micro-batches are summed as coordinates, r numbers a line, not as gradients.
+
+Two kinds, chosen by `Recipe.accumulation`:
+
+    exact     the recipe's own basis. Projection is linear, sum_i (G_i Q) = (sum_i G_i) Q, so a recipe that uses nothing
+              but the coordinates (GaLore: the residual is dropped) loses nothing. A step that is to make a new basis
+              needs the whole gradient: its micro-batches are summed in full.
+    sketch    a fresh random basis for each step, G ~ (sum_i G_i A) A^T: Flora's accumulator (arXiv:2402.03293,
+              Algorithm 1; package flora-opt, `FloraAccelerator`). Unbiased, but not exact; any recipe can follow it.
+
+Sums are completed over the ranks at each micro-batch, so that what a rank keeps is its part: (kept lines, r).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowrank_ds import linalg
+from lowrank_ds.axis import SCALAR, Stored
+from lowrank_ds.job import Job
+from lowrank_ds.layout import Layout
+from lowrank_ds.projection import choose
+from lowrank_ds.recipe import Recipe
+from lowrank_ds.requests import Gather, Steps
+
+
+def side_of(layout: Layout, recipe: Recipe):
+    """The projection in which micro-batches of a matrix are summed."""
+    how, kind = recipe.subspace, recipe.accumulation
+    return choose(how.proj_type, layout, kind.rank or how.rank, how.replicated)
+
+
+def state_shapes(layout: Layout, recipe: Recipe) -> dict[str, Stored]:
+    """{state name: shape} of what micro-batches add up to; nothing unless the recipe asks for it."""
+    if recipe.accumulation is None:
+        return {}
+    side = side_of(layout, recipe)
+    return {"accumulated": Stored(side.lines_axis, (side.rank,)), "accumulated_peak": SCALAR}
+
+
+def fold(job: Job) -> Steps:
+    """Add this micro-batch's coordinates to those before it: state["accumulated"] (kept lines, r)."""
+    side = side_of(job.layout, job.recipe)
+    basis, largest = yield from basis_of(job, side)
+    coords, _ = yield from side.down(job.grad, basis, False)
+    job.state["accumulated"].add_(coords)
+    job.state["accumulated_peak"].copy_(largest)
+
+
+def basis_of(job: Job, side) -> Steps:
+    """(the basis that the sums are coordinates in, the largest gradient magnitude so far (0-d) over all ranks)."""
+    peaks = ask_peaks(job)
+    if job.recipe.accumulation.rank is not None or job.recipe.subspace.method == "gaussian":
+        largest = yield peaks
+        basis = side.random(_key(job), job.weight.device)
+    else:
+        *answers, largest = yield (*side.requests(job.state), peaks)
+        basis = side.gathered(job.state, tuple(answers))
+    return basis, torch.maximum(largest.max(), job.state["accumulated_peak"])
+
+
+def _key(job: Job) -> tuple:
+    """Of the random basis: a sketch has its own for each step, a gaussian subspace the one in use."""
+    if job.recipe.accumulation.rank is not None:
+        return (*job.key, "accumulate", job.step)
+    return (*job.key, job.refresh_count - 1)
+
+
+def ask_peaks(job: Job) -> Gather:
+    """Each holder's largest gradient magnitude."""
+    axis = job.layout.even(job.layout.takers)  # one line each
+    mine = linalg.peak(job.weight[:0] if job.grad is None else job.grad)
+    return Gather(mine.view(1)[: axis.count], axis)
+
+
+def restored(job: Job) -> Steps:
+    """This rank's entries (numel,) of the sum of a sketch's micro-batches, R A^T, fp32; the sums are zeroed."""
+    side = side_of(job.layout, job.recipe)
+    basis = side.random(_key(job), job.weight.device)
+    _, direction = yield from side.spread(None, job.state["accumulated"])
+    grad = torch.zeros(job.layout.numel, dtype=torch.float32, device=job.weight.device)
+    for block in job.layout.blocks:
+        _, left, right = side.terms(block, basis, None, direction)
+        block.of(grad).addmm_(left, right.T)
+    grad.view(-1)[:1].add_(poison(job.state["accumulated_peak"]))
+    clear(job.state)
+    return grad
+
+
+def poison(largest: Tensor) -> Tensor:
+    """0, or NaN where a micro-batch was not usable (largest magnitude (0-d) not finite or too large)."""
+    return torch.where(linalg.is_usable(largest), 0.0, torch.nan)
+
+
+def clear(state: dict[str, Tensor]) -> None:
+    """Begin a new sum."""
+    state["accumulated"].zero_()
+    state["accumulated_peak"].zero_()
