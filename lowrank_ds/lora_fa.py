@@ -117,14 +117,16 @@ class LoRAFA(LowRankOptimizer):
         if slots is not before:
             for name in here:
                 self._corrected.pop(name, None)
-        self._correct(group, slots, here)
+        self._correct(group, index, slots, here)
         return slots
 
-    def _correct(self, group: dict[str, Any], slots: Sequence[Slot], names: Sequence[str]) -> None:
+    def _correct(self, group: dict[str, Any], index: int, slots: Sequence[Slot], names: Sequence[str]) -> None:
         """Bring the state's C up to date (by all ranks that share an A)."""
         tasks, made_of = {}, {}
         for name in names:
             adapter = self._adapter(name)
+            if name in self._corrected and engines.is_dtensor(adapter.a) != engines.is_dtensor(group["params"][index]):
+                continue  # FSDP2 has it gathered just now (an update inside the backward)
             layout, entries, version = engines.part(adapter.a_name, adapter.a)
             made_of[name] = (id(adapter.a), version, adapter.scaling)
             if self._corrected.get(name) != made_of[name]:

@@ -286,7 +286,7 @@ def corrected_gradient(job: Job) -> Steps:
     """The rule works on G C (`Correction`), row by row: only rows that a cut divides need another rank."""
     side, rule = correction_side(job.layout, job.recipe), job.recipe.rule
     stored = {"projector": job.state["correction"]}
-    *answers, peaks = yield (*side.requests(stored), _ask_peaks(job))
+    *answers, peaks = yield (*side.requests(stored), accumulate.ask_peaks(job))
     live = _live(job, peaks)
     coords, _ = yield from side.down(job.grad, side.gathered(stored, tuple(answers)), False)
     direction = where_live(live, rule.update(where_live(live, coords), job.state, live))
