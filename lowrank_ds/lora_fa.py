@@ -187,11 +187,6 @@ class LoRAFA(LowRankOptimizer):
         super().load_state_dict(state_dict)
         self._corrected.clear()
 
-    @classmethod
-    def for_model(cls, model: nn.Module, **options: Any) -> LoRAFA:
-        """LoRAFA on `lorafa_groups(model)`."""
-        return cls(lorafa_groups(model), **options)
-
 
 _HOW = (
     "Use lowrank_ds.create_lorafa_optimizer(model, ...), pass lowrank_ds.lorafa_groups(model), or name LoRAFA in the "
