@@ -82,8 +82,9 @@ class LoRAFA(LowRankOptimizer):
 
     def _select(self, groups: list[dict[str, Any]], by_group: bool, required: bool = True) -> None:
         """Find the adapters of the groups' lora_B, and freeze their lora_A."""
-        for module in engines.modules():  # a ds_config names the optimizer: nobody else has seen the model
-            lora_layers.record(module)
+        model = engines.model()
+        if model is not None:  # a ds_config names the optimizer: nobody else has seen the model
+            lora_layers.record(model)
         named = [(name, self._originals[name]()) for group in groups for name in group["param_names"]]
         for name, p in named:
             adapter = lora_layers.known(p)

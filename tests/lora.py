@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ def ddp(rank: int, world: int) -> dict[str, torch.Tensor]:
 
 def engine_of(stage: int, world: int, named: bool = True, **more: Any) -> Any:
     """A DeepSpeed engine; named: the ds_config names LoRAFA, else an instance is handed over."""
+    gc.collect()  # an engine that is collected later clears DeepSpeed's record of the next one's names
     deepspeed, model = quiet_deepspeed(), lora_llama()
     config = training.ds_config(None, stage, world, **more)
     if named:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowrank_ds.engines import deepspeed, fsdp1, plain
 from lowrank_ds.engines.accelerate import refuse_replacement
-from lowrank_ds.engines.deepspeed import allow, modules, name_of
+from lowrank_ds.engines.deepspeed import allow, model, name_of
 from lowrank_ds.engines.fsdp1 import check, record
 from lowrank_ds.engines.placement import Placement
 from lowrank_ds.layout import Layout
@@ -39,7 +39,7 @@ __all__ = [
     "local",
     "local_grad",
     "locate",
-    "modules",
+    "model",
     "name_of",
     "on_gradient",
     "part",

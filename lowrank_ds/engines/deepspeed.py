@@ -44,17 +44,19 @@ def name_of(param: Tensor) -> str | None:
     return None if name == "unknown" else name
 
 
-def modules() -> list[Any]:
-    """The modules of the model whose optimizer `deepspeed.initialize` is building; [] if it builds none.
+def model() -> Any:
+    """The model whose optimizer `deepspeed.initialize` is building (or built last); None if there is none.
 
-    (`WeakIdNameMap` knows its keys by id only, and in its finalizers.)
+    It recorded the names of all modules, the model itself first. (`WeakIdNameMap` knows its keys by id only, and keeps
+    them in its finalizers.)
     """
     debug = sys.modules.get("deepspeed.utils.debug")
     known = getattr(debug, "module_names", {})
     if isinstance(known, dict):
-        return list(known)
-    alive = [finalizer.peek() for finalizer in known._finalizers.values()]
-    return [entry[0] for entry in alive if entry is not None]
+        return next(iter(known), None)
+    first = next(iter(known._finalizers.values()), None)
+    entry = None if first is None else first.peek()
+    return None if entry is None else entry[0]
 
 
 def is_sharded(param: Tensor) -> bool:
