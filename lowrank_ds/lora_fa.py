@@ -121,6 +121,7 @@ class LoRAFA(LowRankOptimizer):
         self._correct(group, index, slots, here)
         return slots
 
+    @torch.no_grad()
     def _correct(self, group: dict[str, Any], index: int, slots: Sequence[Slot], names: Sequence[str]) -> None:
         """Bring the state's C up to date (by all ranks that share an A)."""
         tasks, made_of = {}, {}
@@ -128,20 +129,22 @@ class LoRAFA(LowRankOptimizer):
             adapter = self._adapter(name)
             if name in self._corrected and engines.is_dtensor(adapter.a) != engines.is_dtensor(group["params"][index]):
                 continue  # FSDP2 has it gathered just now (an update inside the backward)
-            layout, entries, version = engines.part(adapter.a_name, adapter.a)
-            made_of[name] = (id(adapter.a), version, adapter.scaling)
+            made_of[name] = (id(adapter.a), engines.version(adapter.a), adapter.scaling)
             if self._corrected.get(name) != made_of[name]:
+                layout, entries = engines.part(adapter.a_name, adapter.a)
+                device = entries.device
                 everyone, size = _Everyone(layout.group, layout.world > 1), layout.shape[0] * layout.shape[1]
                 tasks[name] = Task(everyone, _whole(layout, entries), size)
         if not tasks:
             return
-        device = next(iter(slots)).host.device if slots else torch.device("cpu")
         rows = dict(zip(tasks, run_all(tasks.values(), device, _BUCKET), strict=True))
         for slot in slots:
             if slot.name in rows:
                 adapter = self._adapters[slot.name]
                 axis = pipeline.correction_side(slot.layout, self.recipe(group)).basis_axis
-                part = self._inverse(adapter, rows[slot.name])[slice(*axis.kept[axis.rank])]
+                part = self._inverse(adapter, rows[slot.name])[slice(*axis.kept[axis.rank])].to(
+                    slot.state["correction"]
+                )
                 self._compare(slot, adapter, part)
                 slot.state["correction"].copy_(part)
         self._corrected.update({name: made_of[name] for name in tasks})
@@ -176,7 +179,7 @@ class LoRAFA(LowRankOptimizer):
     def _compare(self, slot: Slot, adapter: Adapter, part: Tensor) -> None:
         """Say when loaded state belongs to another A."""
         stored = slot.state["correction"]
-        if slot.step and bool(stored.any()) and float((stored - part.to(stored)).abs().max()) > 1e-3 * part.abs().max():
+        if slot.step and bool(stored.any()) and float((stored - part).abs().max()) > 1e-3 * part.abs().max():
             self._warn_once(
                 f"moved {slot.name}",
                 f"{adapter.a_name} (or its scaling) is not what the optimizer's state was made with: load the adapter "

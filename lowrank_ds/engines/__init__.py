@@ -46,6 +46,7 @@ __all__ = [
     "record",
     "refuse_replacement",
     "sharers",
+    "version",
 ]
 
 
@@ -212,10 +213,8 @@ def locate(
     return dtensor.locate(host, own)
 
 
-def part(name: str, param: Tensor) -> tuple[Layout, Tensor, int]:
-    """(layout, entries held here (numel,), version) of a frozen parameter, as a matrix (d0, rest).
-
-    version: counts in-place changes of what is held here.
+def part(name: str, param: Tensor) -> tuple[Layout, Tensor]:
+    """(layout, entries held here (numel,)) of a frozen parameter, as a matrix (d0, rest).
 
     Raises:
         RuntimeError: an engine keeps the parameter where it cannot be read, naming it.
@@ -225,4 +224,9 @@ def part(name: str, param: Tensor) -> tuple[Layout, Tensor, int]:
         at, held = deepspeed.frozen(name, param)
     else:
         (at,), held = locate(param, [param], [(name, param)], {name: shape}), local(param)
-    return at.layout(shape[0], math.prod(shape[1:])), held.detach().reshape(-1), held._version
+    return at.layout(shape[0], math.prod(shape[1:])), held.detach().reshape(-1)
+
+
+def version(param: Tensor) -> int:
+    """How often what is held here of a frozen parameter was changed in place."""
+    return (deepspeed.shard(param) if deepspeed.is_sharded(param) else local(param))._version

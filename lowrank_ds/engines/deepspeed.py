@@ -64,6 +64,11 @@ def is_sharded(param: Tensor) -> bool:
     return hasattr(param, "ds_tensor")
 
 
+def shard(param: Tensor) -> Tensor:
+    """What this rank keeps of a ZeRO-3 parameter, padding included."""
+    return param.ds_tensor
+
+
 def frozen(name: str, param: Tensor) -> tuple[Placement, Tensor]:
     """Where the part of an untrained ZeRO-3 parameter that this rank keeps is in it, and its entries (numel,).
 
