@@ -38,6 +38,13 @@ def weight_groups(model: nn.Module, embed_lr: float | None, ends: set[str]) -> l
     return [{"params": inner}, {"params": outer, "lr": embed_lr}]
 
 
+def _named_groups(model: nn.Module, embed_lr: float | None, ends: set[str]) -> list[dict]:
+    """`weight_groups` of (name, weight) pairs."""
+    names = {p: canonical(name) for name, p in model.named_parameters()}
+    groups = weight_groups(model, embed_lr, ends)
+    return [{**group, "params": [(names[p], p) for p in group["params"]]} for group in groups]
+
+
 def torch_optimizer(
     name: str, model: nn.Module, overrides: dict, embed_lr: float | None, ends: set[str]
 ) -> torch.optim.Optimizer:
@@ -52,6 +59,8 @@ def torch_optimizer(
         if not isinstance(getattr(torch.optim, name, None), type):
             raise SystemExit(f"--optimizer {name}: neither lowrank_ds nor torch.optim has it")
         return _construct(getattr(torch.optim, name), weight_groups(model, embed_lr, ends), options)
+    if low_rank.OPTIONS["rank"] is None:  # Lomo and AdaLomo train every weight whole, and say so if asked to project
+        return _construct(low_rank, _named_groups(model, embed_lr, ends), options)
     selection = {key: options.pop(key) for key in ("rank", "target_modules") if key in options}
     groups = lowrank_ds.param_groups(model, **selection)
     for group in groups:

@@ -7,7 +7,16 @@ Importing registers the algorithms with `torch.optim`, so that a ds_config can n
 import torch as _torch
 
 from lowrank_ds.algorithms import ALGORITHMS as _ALGORITHMS
-from lowrank_ds.algorithms import ApolloAdamW, ApolloMini, FiraAdamW, Flora, GaLoreAdafactor, GaLoreAdamW
+from lowrank_ds.algorithms import (
+    AdaLomo,
+    ApolloAdamW,
+    ApolloMini,
+    FiraAdamW,
+    Flora,
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    Lomo,
+)
 from lowrank_ds.backward import layerwise
 from lowrank_ds.engines.huggingface import for_trainer
 from lowrank_ds.lora_fa import LoRAFA, create_lorafa_optimizer, freeze_lora_a, lorafa_groups
@@ -18,6 +27,7 @@ from lowrank_ds.version import __version__
 
 __all__ = [
     "__version__",
+    "AdaLomo",
     "ApolloAdamW",
     "ApolloMini",
     "FiraAdamW",
@@ -25,6 +35,7 @@ __all__ = [
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "LoRAFA",
+    "Lomo",
     "create_lorafa_optimizer",
     "divide_params",
     "for_trainer",

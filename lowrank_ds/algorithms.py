@@ -14,7 +14,7 @@ from lowrank_ds.optimizer import LowRankOptimizer
 from lowrank_ds.options import COMMON
 from lowrank_ds.recipe import Accumulation, Momentum, Recipe
 from lowrank_ds.residual import Drop, ScaleGradient, ScaleResidual
-from lowrank_ds.rules import Adafactor, Adam
+from lowrank_ds.rules import SGD, Adafactor, Adam
 from lowrank_ds.subspace import Subspace
 
 _ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0, "correct_bias": True,
@@ -24,6 +24,9 @@ _ADAFACTOR = {
     "lr": None, "eps": (1e-30, 1e-3), "clip_threshold": 1.0, "decay_rate": -0.8, "beta1": None, "weight_decay": 0.0,
     "scale_parameter": True, "relative_step": None, "warmup_init": False,
 }  # fmt: skip
+_WHOLE = {"rank": None} | {
+    k: COMMON[k] for k in ("target_modules", "exclude", "matricize", "seed", "stochastic_rounding")
+}
 
 
 def _subspace(group: Mapping[str, Any], every: str = "update_proj_gap", **fixed: Any) -> Subspace | None:
@@ -84,7 +87,7 @@ def _adafactor(group: Mapping[str, Any], **fixed: Any) -> Adafactor:
     if not isinstance(group["eps"], (tuple, list)):
         raise ValueError(f"eps must be two numbers (squared gradients, parameter scale), got {group['eps']}.")
     names = ("clip_threshold", "decay_rate", "beta1", "scale_parameter")
-    return Adafactor(eps=tuple(group["eps"]), **({n: group[n] for n in names} | fixed))
+    return Adafactor(eps=tuple(group["eps"]), **({n: group[n] for n in names if n not in fixed} | fixed))
 
 
 class _AdamW(LowRankOptimizer):
@@ -241,4 +244,66 @@ class Flora(_Adafactor):
         return Recipe(rule, how, Drop(), None if how is None else Momentum(group["beta1"]), sums)
 
 
-ALGORITHMS = (GaLoreAdamW, GaLoreAdafactor, FiraAdamW, ApolloAdamW, ApolloMini, Flora)
+class _Unprojected(LowRankOptimizer):
+    """LOMO's family: every parameter is trained whole. What is saved is the state, and the gradient (`layerwise`)."""
+
+    INSTEAD = ""
+
+    @classmethod
+    def check_group(cls, group: Mapping[str, Any]) -> None:
+        super().check_group(group)
+        for name in ("rank", "target_modules", "exclude"):
+            if group[name] is not None:
+                raise ValueError(
+                    f"{name}={group[name]!r}: {cls.__name__} projects nothing. Leave it out, or use {cls.INSTEAD}."
+                )
+        if group["lr"] is None:
+            raise ValueError(f"lr is null; {cls.__name__} needs a learning rate.")
+
+
+class Lomo(_Unprojected):
+    """LOMO (arXiv:2306.09782; package lomo-optim): gradient descent without state. W <- (1 - eta wd) W - eta G.
+
+    `step()` is an ordinary step; `layerwise(model, optimizer)` runs it inside the backward, which is LOMO's point.
+
+    Options, in lomo-optim's order: lr, weight_decay (decoupled, before the update); matricize, seed,
+    stochastic_rounding as everywhere. The package's clip_grad_norm, clip_grad_value and loss_scale_args are refused:
+    clipping and loss scaling belong to the loop or the engine. `rank` raises ValueError.
+    """
+
+    OPTIONS = {
+        "lr": 1e-3, "clip_grad_norm": None, "clip_grad_value": None, "weight_decay": 0.0, "loss_scale_args": None,
+        **_WHOLE,
+    }  # fmt: skip
+    INSTEAD = "GaLoreAdamW or GaLoreAdafactor, which project"
+
+    @classmethod
+    def recipe(cls, group: Mapping[str, Any]) -> Recipe:
+        """The gradient itself, on everything."""
+        return Recipe(SGD())
+
+
+class AdaLomo(_Unprojected):
+    """AdaLomo (arXiv:2310.10195, Algorithm 1; package lomo-optim): Adafactor without momentum and relative step.
+
+    U = G / sqrt(v), v factored for matrices, beta2_t = 1 - t^decay_rate; U <- U / max(1, RMS(U) / clip_threshold);
+    s = max(eps[1], RMS(W)); W <- (1 - eta s wd) W - eta s U. Both RMS are of one parameter ("grouped").
+
+    Options, in lomo-optim's order: lr, eps (added to squared gradients, smallest RMS(W)), clip_threshold, decay_rate,
+    weight_decay; the rest as `Lomo`'s, loss_scale refused too. t counts a parameter's own updates, from its first
+    gradient that is not zero (the package: calls of fused_backward). `rank` raises ValueError.
+    """
+
+    OPTIONS = {
+        "lr": 1e-3, "loss_scale": None, "eps": (1e-30, 1e-3), "clip_threshold": 1.0, "decay_rate": -0.8,
+        "clip_grad_norm": None, "clip_grad_value": None, "weight_decay": 0.0, **_WHOLE,
+    }  # fmt: skip
+    INSTEAD = "GaLoreAdafactor, which is Adafactor in a subspace"
+
+    @classmethod
+    def recipe(cls, group: Mapping[str, Any]) -> Recipe:
+        """Adafactor on everything, no momentum."""
+        return Recipe(_adafactor(group, beta1=None, scale_parameter=True))
+
+
+ALGORITHMS = (GaLoreAdamW, GaLoreAdafactor, FiraAdamW, ApolloAdamW, ApolloMini, Flora, Lomo, AdaLomo)

@@ -1,8 +1,9 @@
 """Layer-wise updates: each parameter is updated inside the backward, when its gradient is complete, and that is freed.
 
 The optimizer, its state and its state dict are the same as without; `step()` finishes what the backward left. A
-gradient waits until the waiting ones would together be larger than the largest parameter, so that small ones share
-collectives: never more than the two largest gradients are alive. All ranks meet the same gradients in the same order.
+gradient waits until the waiting ones would together be larger than the largest parameter, or the backward ends, so that
+small ones share collectives: never more than the two largest gradients are alive. All ranks meet the same gradients in
+the same order.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lowrank_ds import engines
 from lowrank_ds.clipping import CLIPS, Clip, make_clip
 from lowrank_ds.groups import logger
 from lowrank_ds.optimizer import LowRankOptimizer, Place
+from lowrank_ds.recipe import Recipe
 
 
 def layerwise(
@@ -104,13 +106,14 @@ class InBackward:
 
     def __init__(self, optimizer: LowRankOptimizer, micro_batches: int, clip: Clip | None) -> None:
         self.optimizer, self.micro_batches, self.clip = optimizer, micro_batches, clip
-        self.places: dict[Tensor, Place] = {}
+        self._indices: dict[Tensor, tuple[int, int]] = {}  # of its param group, and in it; loading replaces the groups
         self._handles: list[Any] = []
         self._ever = False  # whether any hook has fired
         self._measures = False
+        self._backward = -1  # the backward pass at whose end `_flush` is called
         self._register()
         self.forget()
-        self._largest = max((_size(host) for host in self.places), default=0)
+        self._largest = max((_size(host) for host in self._indices), default=0)
         self._say_what_accumulates()
 
     @property
@@ -132,14 +135,21 @@ class InBackward:
         self._waiting_size = 0
 
     def _register(self) -> None:
-        for group, index in self.optimizer._places():
-            host = group["params"][index]
-            if host.requires_grad and host not in self.places:
-                self.places[host] = group, index
-                self._handles.append(engines.on_gradient(host, self._arrived))
+        for number, group in enumerate(self.optimizer.param_groups):
+            for index, host in enumerate(group["params"]):
+                if host.requires_grad:
+                    self._indices[host] = number, index
+                    self._handles.append(engines.on_gradient(host, self._arrived))
+
+    def _place(self, host: Tensor) -> Place:
+        number, index = self._indices[host]
+        return self.optimizer.param_groups[number], index
+
+    def _recipe(self, host: Tensor) -> Recipe:
+        return self.optimizer.recipe(self._place(host)[0])
 
     def _say_what_accumulates(self) -> None:
-        whole = [h for h, (g, _) in self.places.items() if self.optimizer.recipe(g).accumulation is None]
+        whole = [host for host in self._indices if self._recipe(host).accumulation is None]
         if self.micro_batches > 1 and whole:
             size = sum(engines.local(host).nbytes for host in whole)
             logger.warning(
@@ -173,17 +183,20 @@ class InBackward:
                 "optimizer.step(closure) with a closure that computes the loss and calls backward on it, or run a "
                 "first forward and backward inside handle.measuring()."
             )
-        if fired == self.micro_batches or self.optimizer.recipe(self.places[host][0]).accumulation is not None:
+        if fired == self.micro_batches or self._recipe(host).accumulation is not None:
             self._wait(host, fired == self.micro_batches)
 
     def _is_reduced(self, host: Tensor) -> bool:
-        return any(slot.layout.group is not None for slot in self.optimizer._bind(*self.places[host]))
+        return any(slot.layout.group is not None for slot in self.optimizer._bind(*self._place(host)))
 
     def _measure(self, host: Tensor) -> None:
         self.clip.measure(host)
         engines.drop_grad(host)
 
     def _wait(self, host: Tensor, update: bool) -> None:
+        if (backward := engines.current_backward()) not in (-1, self._backward):
+            self._backward = backward
+            torch.autograd.Variable._execution_engine.queue_callback(self._flush)
         if host not in self._waiting:
             if self._waiting and self._waiting_size + _size(host) > self._largest:
                 self._flush()
@@ -192,10 +205,11 @@ class InBackward:
         if self._waiting_size >= self._largest:
             self._flush()
 
+    @torch.no_grad()
     def _flush(self) -> None:
         """Update (or sum) what waits, and free its gradients."""
         waiting, self._waiting, self._waiting_size = self._waiting, {}, 0
-        self.optimizer._fold(self.places[host] for host, update in waiting.items() if not update)
+        self.optimizer._fold(self._place(host) for host, update in waiting.items() if not update)
         self._update([host for host, update in waiting.items() if update])
 
     def _update(self, hosts: list[Tensor]) -> None:
@@ -204,7 +218,7 @@ class InBackward:
         if self.clip is not None and not self.clip.two_passes:
             for host in hosts:
                 self.clip.measure(host)
-        self.optimizer._update([self.places[host] for host in hosts], None if self.clip is None else self.clip.scale)
+        self.optimizer._update(map(self._place, hosts), None if self.clip is None else self.clip.scale)
         for host in hosts:
             engines.drop_grad(host)
 
@@ -240,7 +254,7 @@ class InBackward:
                 loss = closure()
         self._check_fired()
         self._flush()
-        self._update([host for host in self._fired if self._is_left(host)])
+        self._update([host for host in self._indices if self._is_left(host)])
         if self.clip is not None:
             self.clip.conclude_step()
         self.optimizer._loads.clear()
@@ -249,10 +263,19 @@ class InBackward:
 
     def _is_left(self, host: Tensor) -> bool:
         """Whether a tensor got fewer gradients than `accumulation_steps`, and so was not updated in the backward."""
-        return self._fired[host] < self.micro_batches
+        fired = self._fired.get(host, 0)
+        return fired < self.micro_batches and (fired > 0 or self.optimizer._sums(host))
+
+    def before_saving(self) -> None:
+        """Say what a state dict cannot have."""
+        lost = [h for h, fired in self._fired.items() if fired == self.micro_batches or engines.has_grad(h)]
+        if lost:
+            logger.warning(
+                "layerwise: state_dict() between a backward pass and step(): the gradients of %d parameters (such as "
+                "%s) are not in it. Save after step().", len(lost), self._name(lost[0]),
+            )  # fmt: skip
 
     def _check_fired(self) -> None:
-        hooked = self.places.keys()
         missed = [
             group["param_names"][index]
             for group, index in self.optimizer._places()
@@ -260,10 +283,9 @@ class InBackward:
         ]
         if missed:
             raise RuntimeError(
-                f"layerwise: {missed[0]} (and {len(missed) - 1} more) has a gradient but its hook did not fire: "
-                + ("the gradient was not made by a backward pass, " if len(hooked) else "")
-                + "or the parameters were replaced or added after layerwise(). Call handle.remove() and layerwise() "
-                "again, after the last change of the model."
+                f"layerwise: {missed[0]} (and {len(missed) - 1} more) has a gradient but its hook did not fire: the "
+                "gradient was not made by a backward pass, or the parameters were replaced or added after layerwise(). "
+                "Call handle.remove() and layerwise() again, after the last change of the model."
             )
         if not self._ever:
             raise RuntimeError(
@@ -273,7 +295,7 @@ class InBackward:
             )
 
     def _name(self, host: Tensor) -> str:
-        group, index = self.places[host]
+        group, index = self._place(host)
         return group["param_names"][index]
 
 

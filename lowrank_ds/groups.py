@@ -128,6 +128,8 @@ class NamedGroups(torch.optim.Optimizer):
         return translated
 
     def _as_groups(self, given: Iterable[Any]) -> list[dict[str, Any]]:
+        if isinstance(given, torch.nn.Module):
+            raise TypeError(f"{type(self).__name__} takes parameters, not a model: pass model.named_parameters().")
         items = [given] if isinstance(given, (Tensor, dict)) else list(given)
         if not items:
             raise ValueError(f"{type(self).__name__}: empty parameter list.")

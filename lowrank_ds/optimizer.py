@@ -96,6 +96,12 @@ class LowRankOptimizer(NamedGroups):
         self._slots.clear()
         self._bound.clear()
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; between micro-batches it has what was summed in the subspace."""
+        if self._in_backward is not None:
+            self._in_backward.before_saving()
+        return super().state_dict()
+
     def _loaded_group(self, index: int, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
         """A saved group's hyper-parameters over ours; the tensors, names and shape of the state stay ours."""
         where = f"{type(self).__name__}, saved param group {index}"
@@ -146,6 +152,8 @@ class LowRankOptimizer(NamedGroups):
 
         clip: scales the gradients in a list of (slot, group, gradient entries, weight entries), in place.
         """
+        places = list(places)
+        self._fold(place for place in places if self._sketches(*place))
         work = [item for group, index in places for item in self._work(group, index)]
         if not work:
             return False
@@ -219,6 +227,11 @@ class LowRankOptimizer(NamedGroups):
             self._in_backward.forget()
         for slot in (slot for slots in self._slots.values() for slot in slots):
             slot.drop_sums()
+
+    def _sketches(self, group: dict[str, Any], index: int) -> bool:
+        """Whether a last micro-batch must join the random sketch of those before it (an exact sum needs no basis)."""
+        kind = self.recipe(group).accumulation
+        return kind is not None and kind.rank is not None and self._sums(group["params"][index])
 
     def _sums(self, host: Tensor) -> bool:
         """Whether micro-batches of this tensor were summed in the subspace."""

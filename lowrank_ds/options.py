@@ -50,6 +50,10 @@ _NAMES: Check = (
     (lambda v: v is None or _patterns(v)),
     'a list of substrings or regular expressions of parameter names, such as ["attn", "mlp"]',
 )
+_NO_LOSS_SCALE: Check = (
+    (lambda v: v is None),
+    "null: scaling the loss belongs to the engine (DeepSpeed's fp16 section, torch.amp.GradScaler); bf16 needs none",
+)
 
 CHECKS: dict[str, Check] = {
     "lr": ((lambda v: v is None or (_number(v) and v >= 0)), "a finite number >= 0"),
@@ -86,6 +90,19 @@ CHECKS: dict[str, Check] = {
         (lambda v: v is False),
         "false: 8-bit states are not in this release (flora-opt's quantization=True needs them)",
     ),
+    "clip_grad_norm": (
+        (lambda v: v is None),
+        "null: no update may start before the global norm is known. Use lowrank_ds.layerwise(model, optimizer, "
+        'clip="two_pass", max_grad_norm=...), or without layerwise torch.nn.utils.clip_grad_norm_ or the engine\'s '
+        "gradient_clipping",
+    ),
+    "clip_grad_value": (
+        (lambda v: v is None),
+        "null: call torch.nn.utils.clip_grad_value_ before step(), or clip by norm with lowrank_ds.layerwise(model, "
+        'optimizer, clip="two_pass", max_grad_norm=...)',
+    ),
+    "loss_scale": _NO_LOSS_SCALE,
+    "loss_scale_args": _NO_LOSS_SCALE,
     "target_modules": _NAMES,
     "exclude": _NAMES,
     "matricize": _choice("auto", "flatten", "stack"),

@@ -25,7 +25,7 @@ from lowrank_ds.lines import Lines
 from lowrank_ds.projection import Left, Right, TwoSided, choose
 from lowrank_ds.recipe import Recipe
 from lowrank_ds.requests import Steps, Sum, ask, together
-from lowrank_ds.rules import Adafactor, Adam
+from lowrank_ds.rules import SGD, Adafactor, Adam
 from lowrank_ds.subspace import Sharded, factorize
 
 
@@ -71,7 +71,7 @@ def _rule_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, S
     return shapes | {name: Stored(axis, (side.rank,)) for name, axis in basis.items()}
 
 
-def _full_shapes(layout: Layout, rule: Adam | Adafactor) -> dict[str, Stored]:
+def _full_shapes(layout: Layout, rule: Adam | Adafactor | SGD) -> dict[str, Stored]:
     """State of a rule that works on the parameter itself."""
     return rule.state_shapes(ENTRIES, layout.rows_axis, layout.even(layout.shape[1]))
 
@@ -215,7 +215,7 @@ def _live(job: Job, peaks: Tensor) -> Tensor:
 def _direction(job: Job, x: Tensor, lines: Lines, live: Tensor) -> Steps:
     """(direction, step-size factor, Adafactor's parameter scale or None) of the rule on complete lines x (lines, r)."""
     rule, state = job.recipe.rule, job.state
-    if isinstance(rule, Adam):
+    if not isinstance(rule, Adafactor):
         return rule.update(x, state, live), rule.correction(job.moment_step), None
     raw = yield from rule.precondition(x, state, lines, live, job.moment_step)
     square, scale = yield from together(lines.square_sum(raw), _parameter_scale(job))
@@ -299,13 +299,14 @@ def corrected_gradient(job: Job) -> Steps:
 def plain(job: Job) -> Steps:
     """The recipe's rule on the parameter itself: biases, norms, embeddings."""
     rule, scale, correction = job.recipe.rule, None, 1.0
-    if isinstance(rule, Adam):
+    if isinstance(rule, Adafactor):
+        update, live, scale = yield from _full_adafactor(job)
+    else:
         live = _live(job, (yield accumulate.ask_peaks(job)))
         grad = where_live(live, job.grad.float())
-        update = rule.update(grad.view_as(job.state["exp_avg"]), job.state, live).view(-1)
+        like = job.state.get("exp_avg", grad)  # SGD keeps none
+        update = rule.update(grad.view_as(like), job.state, live).view(-1)
         correction = rule.correction(job.step)
-    else:
-        update, live, scale = yield from _full_adafactor(job)
     write_entries(job, where_live(live, update), job.lr * correction, scale)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowrank_ds.residual import Drop, ScaleGradient, ScaleResidual
-from lowrank_ds.rules import Adafactor, Adam
+from lowrank_ds.rules import SGD, Adafactor, Adam
 from lowrank_ds.subspace import Subspace
 
 
@@ -53,7 +53,7 @@ class Recipe:
         accumulation: how micro-batches are summed; None: as whole gradients, by the engine.
     """
 
-    rule: Adam | Adafactor
+    rule: Adam | Adafactor | SGD
     subspace: Subspace | None = None
     residual: Drop | ScaleResidual | ScaleGradient = Drop()
     momentum: Momentum | None = None

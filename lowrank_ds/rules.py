@@ -60,6 +60,23 @@ def _moments(
     return exp_avg / exp_avg_sq.sqrt().add_(eps)
 
 
+@dataclass(frozen=True)
+class SGD:
+    """Plain gradient descent: the direction is x itself, nothing is remembered (LOMO, arXiv:2306.09782)."""
+
+    def state_shapes(self, array: Stored, lines: Axis, columns: Axis) -> dict[str, Stored]:
+        """{state name: shape}: none."""
+        return {}
+
+    def update(self, x: Tensor, state: dict[str, Tensor], live: Tensor) -> Tensor:
+        """Direction of x (lines, width): x."""
+        return x
+
+    def correction(self, step: int) -> float:
+        """The factor of the step size at step 1, 2, ...: none."""
+        return 1.0
+
+
 @functools.cache
 def _compiled_moments() -> Callable[..., Tensor]:
     """The same as one kernel. It sees plain local tensors, also under FSDP2 (dynamo cannot take changing DTensors)."""

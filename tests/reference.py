@@ -185,6 +185,19 @@ def adafactor(
     return w
 
 
+def sgd(weight, grads, *, lr, weight_decay=0.0):
+    """LOMO (arXiv 2306.09782) Algorithm 1: gradient descent; decoupled decay as in lomo-optim."""
+    w = weight.double()
+    for grad in awake(grads):
+        w = (1 - lr * weight_decay) * w - lr * grad
+    return w
+
+
+def adalomo(weight, grads, *, lr, **options):
+    """AdaLomo (arXiv 2310.10195) Algorithm 1: Adafactor with a given rate and no momentum, scaled by RMS(W)."""
+    return adafactor(weight, grads, lr=lr, scale_parameter=True, relative_step=False, beta1=None, **options)
+
+
 def moments_at_refresh(on_refresh, old, new, m, v, start, t):
     """Moments and the step their bias correction counts from, after a change of basis (the first is none)."""
     if old is not None and on_refresh == "rotate":

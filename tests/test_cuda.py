@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lowrank_ds
-from lowrank_ds import ApolloAdamW, FiraAdamW, Flora, GaLoreAdafactor, GaLoreAdamW
+from lowrank_ds import AdaLomo, ApolloAdamW, FiraAdamW, Flora, GaLoreAdafactor, GaLoreAdamW, Lomo
 from lowrank_ds.algorithms import ALGORITHMS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
@@ -23,6 +23,8 @@ CASES = [
     (FiraAdamW, {"update_proj_gap": GAP, "residual": "paper", "scaling": "matrix"}),
     (ApolloAdamW, {"update_proj_gap": GAP}),
     (Flora, {"kappa": GAP}),
+    (Lomo, {"rank": None}),
+    (AdaLomo, {"rank": None}),
 ]
 
 
@@ -68,7 +70,8 @@ def test_cuda_equals_cpu(cls: type, options: dict) -> None:
 def test_an_ordinary_step_never_waits_for_the_device(cls: type, dtype: torch.dtype) -> None:
     """Between refreshes no operation synchronises: CUDA's sync debug mode turns any into an error."""
     params = parameters("cuda", dtype)
-    optimizer = cls(params.items(), lr=1e-3, rank=1 if cls is lowrank_ds.ApolloMini else 8, weight_decay=0.1)
+    rank = {lowrank_ds.ApolloMini: 1, lowrank_ds.Lomo: None, lowrank_ds.AdaLomo: None}.get(cls, 8)
+    optimizer = cls(params.items(), lr=1e-3, rank=rank, weight_decay=0.1)
     for step in range(3):
         set_gradients(params, step)
         if step:

@@ -93,6 +93,8 @@ ALGORITHMS = {
     "apollo": (lowrank_ds.ApolloAdamW, apollo, reference.adamw),
     "mini": (lowrank_ds.ApolloMini, mini, reference.adamw),
     "flora": (lowrank_ds.Flora, flora, reference.flora),
+    "lomo": (lowrank_ds.Lomo, None, reference.sgd),
+    "adalomo": (lowrank_ds.AdaLomo, None, reference.adalomo),
 }
 ADAM = {"lr": 0.02}
 ADAFACTOR = {"lr": 0.02, "scale_parameter": False, "relative_step": False}
@@ -148,6 +150,9 @@ PLAIN_CASES = [
     ("galore_adafactor", ADAFACTOR | {"beta1": 0.9, "decay_rate": -0.6, "clip_threshold": 0.5}),
     ("galore_adafactor", {"beta1": 0.9}),
     ("galore_adafactor", {"warmup_init": True, "eps": (1e-30, 1e3)}),
+    ("lomo", {"lr": 3.0, "weight_decay": 0.01}),
+    ("adalomo", {"lr": 0.05}),
+    ("adalomo", {"lr": 0.05, "decay_rate": -0.6, "clip_threshold": 0.5, "eps": (1e-4, 0.5)} | DECAY),
 ]
 
 

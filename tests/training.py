@@ -36,6 +36,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "apollo mini": ("ApolloMini", {"update_proj_gap": GAP, "rank": 1, "lr": 1e-3}),
     "flora": ("Flora", {"kappa": GAP}),
     "flora unfactored": ("Flora", {"kappa": GAP, "factorize_second_moment": False, "proj_type": "left"}),
+    "lomo": ("Lomo", {"rank": None, "lr": 0.1, "weight_decay": 0.01}),
+    "adalomo": ("AdaLomo", {"rank": None, "weight_decay": 0.1}),
 }
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "before_reduction",
     "check",
     "check_averaged",
+    "current_backward",
     "drop_grad",
     "frees",
     "full_shape",
@@ -63,10 +64,14 @@ BEFORE_REDUCTION = (
 )
 
 
+def current_backward() -> int:
+    """A number for the backward pass we are in, -1 outside of any."""
+    return getattr(torch._C, "_current_graph_task_id", lambda: -1)()
+
+
 def before_reduction(whole: Iterable[Tensor]) -> bool:
     """Whether this is a step inside the backward of a job of several processes, on plain tensors held `whole`."""
-    inside = getattr(torch._C, "_current_graph_task_id", lambda: -1)() != -1
-    several = inside and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    several = current_backward() != -1 and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     return several and any(not is_dtensor(tensor) for tensor in whole)
 
 
