@@ -52,7 +52,7 @@ def ddp(rank: int, world: int) -> dict[str, torch.Tensor]:
 
 def engine_of(stage: int, world: int, named: bool = True, **more: Any) -> Any:
     """A DeepSpeed engine; named: the ds_config names LoRAFA, else an instance is handed over."""
-    gc.collect()  # an engine that is collected later clears DeepSpeed's record of the next one's names
+    gc.collect()  # an engine collected while the next one is built clears DeepSpeed's record of names
     deepspeed, model = quiet_deepspeed(), lora_llama()
     config = training.ds_config(None, stage, world, **more)
     if named:
