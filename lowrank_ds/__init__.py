@@ -22,6 +22,8 @@ from lowrank_ds.algorithms import (
 from lowrank_ds.backward import layerwise
 from lowrank_ds.engines.checkpointing import activation_checkpointing
 from lowrank_ds.engines.huggingface import for_trainer
+from lowrank_ds.lora_fa import LoRAFA, create_lorafa_optimizer, freeze_lora_a, lorafa_groups
+from lowrank_ds.lora_layers import recompute_dropout
 from lowrank_ds.memory import state_bytes
 from lowrank_ds.params import divide_params, param_groups
 from lowrank_ds.version import __version__
@@ -35,19 +37,24 @@ __all__ = [
     "Flora",
     "GaLoreAdafactor",
     "GaLoreAdamW",
+    "LoRAFA",
     "Lomo",
     "activation_checkpointing",
+    "create_lorafa_optimizer",
     "divide_params",
     "for_trainer",
+    "freeze_lora_a",
     "layerwise",
+    "lorafa_groups",
     "param_groups",
+    "recompute_dropout",
     "state_bytes",
 ]
 
 
 def _register() -> None:
     """Put the algorithms where DeepSpeed resolves `optimizer.type` (it looks the name up on torch.optim)."""
-    for cls in _ALGORITHMS:
+    for cls in (*_ALGORITHMS, LoRAFA):
         existing = getattr(_torch.optim, cls.__name__, None)
         if existing is not None and existing.__module__ != cls.__module__:
             raise RuntimeError(

@@ -76,7 +76,7 @@ class LowRankOptimizer(NamedGroups):
         members = [(name, self._originals[name]()) for name in ([names[index]] if unchanged else names)]
         placements = engines.locate(host, [host] if unchanged else hosts, members, self._shapes)
         for at in placements:
-            if at.name in self._projected:
+            if at.name in self._projected and group["rank"] is not None:
                 selection.check_rank(at.name, at.shape, group["rank"], group["matricize"])
         recipe, alone = self.recipe(group), len(placements) == 1
         if recipe.accumulation is not None and not engines.frees(host, any(p is host for _, p in members)):

@@ -20,6 +20,7 @@ from lowrank_ds import options as option_checks
 from lowrank_ds import params as selection
 from lowrank_ds.algorithms import ALGORITHMS
 from lowrank_ds.engines.trainer import LayerwiseOption
+from lowrank_ds.lora_fa import LoRAFA, lorafa_groups
 from lowrank_ds.optimizer import LowRankOptimizer
 
 logger = logging.getLogger("lowrank_ds")
@@ -104,8 +105,10 @@ class TrainerFactory:
             RuntimeError: layerwise under an engine that cannot do it.
         """
         settings = {**self.algorithm.OPTIONS, **self.settings(options)}
-        rank, targets, exclude = (settings.pop(key) for key in ("rank", "target_modules", "exclude"))
         decay = settings.pop("weight_decay")
+        if self.algorithm is LoRAFA:  # its layers say what is projected
+            return LoRAFA(_by_decay(lorafa_groups(model), _decayed(model), decay), **settings)
+        rank, targets, exclude = (settings.pop(key) for key in ("rank", "target_modules", "exclude"))
         if rank is None and (targets or exclude):
             name = self.algorithm.__name__
             raise ValueError(f"{name}: rank=None projects nothing, but target_modules or exclude is given.")
@@ -123,7 +126,7 @@ class TrainerFactory:
 def _class_of(algorithm: str | type[LowRankOptimizer]) -> type[LowRankOptimizer]:
     if isinstance(algorithm, type) and issubclass(algorithm, LowRankOptimizer):
         return algorithm
-    known = {cls.__name__: cls for cls in ALGORITHMS}
+    known = {cls.__name__: cls for cls in (*ALGORITHMS, LoRAFA)}
     if algorithm not in known:
         near = difflib.get_close_matches(str(algorithm), known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
