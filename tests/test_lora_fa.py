@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,6 @@ from tests.benchmarks.saved_activations import saved_mib
 from tests.cluster import batches, tiny_llama
 from tests.lora import ALPHA, DECAY, LR, R, lora_llama, optimizer_of
 
-peft = pytest.importorskip("peft")
 UP = "base_model.model.model.layers.0.mlp.up_proj"
 
 
@@ -356,7 +356,7 @@ def test_saved_activations() -> None:
 # -- around it --------------------------------------------------------------------------------------------------------
 def test_a_4_bit_base() -> None:
     """bitsandbytes' NF4 Linear on this machine's device: only B moves, and the loss falls."""
-    bitsandbytes = pytest.importorskip("bitsandbytes")
+    import bitsandbytes
     from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
     quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)

@@ -16,7 +16,6 @@ from tests import lora, training
 from tests.cluster import launch
 from tests.counting import Counting
 
-pytest.importorskip("peft")
 LIMIT = 1e-5
 ZERO = {f"zero{stage}": functools.partial(lora.zero, stage=stage) for stage in (1, 2, 3)}
 

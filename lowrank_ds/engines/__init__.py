@@ -243,13 +243,10 @@ def part(name: str, param: Tensor) -> tuple[Layout, Tensor]:
         RuntimeError: an engine keeps the parameter where it cannot be read, naming it.
     """
     shape = full_shape(param)
-    if deepspeed.is_sharded(param):
-        at, held = deepspeed.frozen(name, param)
-    else:
-        (at,), held = locate(param, [param], [(name, param)], {name: shape}), local(param)
-    return at.layout(shape[0], math.prod(shape[1:])), held.detach().reshape(-1)
+    (at,) = locate(param, [param], [(name, param)], {name: shape})
+    return at.layout(shape[0], math.prod(shape[1:])), local(param).detach().reshape(-1)
 
 
 def version(param: Tensor) -> int:
     """How often what is held here of a frozen parameter was changed in place."""
-    return (deepspeed.shard(param) if deepspeed.is_sharded(param) else local(param))._version
+    return zero3.version(param) if zero3.is_host(param) else local(param)._version

@@ -59,36 +59,6 @@ def model() -> Any:
     return None if entry is None else entry[0]
 
 
-def is_sharded(param: Tensor) -> bool:
-    """Whether ZeRO-3 (zero.Init included) keeps only a part of the parameter here."""
-    return hasattr(param, "ds_tensor")
-
-
-def shard(param: Tensor) -> Tensor:
-    """What this rank keeps of a ZeRO-3 parameter, padding included."""
-    return param.ds_tensor
-
-
-def frozen(name: str, param: Tensor) -> tuple[Placement, Tensor]:
-    """Where the part of an untrained ZeRO-3 parameter that this rank keeps is in it, and its entries (numel,).
-
-    Raises:
-        RuntimeError: the parameter is on NVMe, or the DeepSpeed version is not tested.
-    """
-    if "deepspeed" in sys.modules:
-        check_version(sys.modules["deepspeed"].__version__)
-    if getattr(param, "nvme_swapper", None) is not None:
-        raise RuntimeError(
-            f"{name} is on NVMe (zero_optimization.offload_param.device), where its entries cannot be read. Use device "
-            "cpu."
-        )
-    group = param.ds_process_group
-    world, rank = dist.get_world_size(group), dist.get_rank(group)
-    cuts = _clamped([i * param.ds_tensor.numel() for i in range(world + 1)], 0, param.ds_numel)
-    held = param.ds_tensor.view(-1)[: cuts[rank + 1] - cuts[rank]]
-    return Placement(name, tuple(param.ds_shape), cuts, rank, group, 0), held
-
-
 def allow(cls: type) -> None:
     """Make ZeRO accept `cls` without `zero_allow_untested_optimizer` (called when an optimizer is built)."""
     utils = sys.modules.get("deepspeed.runtime.zero.utils")

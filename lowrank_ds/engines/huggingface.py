@@ -106,21 +106,22 @@ class TrainerFactory:
         """
         settings = {**self.algorithm.OPTIONS, **self.settings(options)}
         decay = settings.pop("weight_decay")
-        if self.algorithm is LoRAFA:  # its layers say what is projected
-            return LoRAFA(_by_decay(lorafa_groups(model), _decayed(model), decay), **settings)
-        rank, targets, exclude = (settings.pop(key) for key in ("rank", "target_modules", "exclude"))
-        if rank is None and (targets or exclude):
-            name = self.algorithm.__name__
-            raise ValueError(f"{name}: rank=None projects nothing, but target_modules or exclude is given.")
-        if rank is None:
-            settings["rank"] = None
-            groups = [_everything(model)]
-        else:
-            groups = _projected_and_plain(self.algorithm.__name__, model, rank, targets, exclude)
+        groups = lorafa_groups(model) if self.algorithm is LoRAFA else self._groups(model, settings)
         optimizer = self.algorithm(_by_decay(groups, _decayed(model), decay), **settings)
         if self.layerwise is not None:
             self.layerwise.arrange(model, optimizer)
         return optimizer
+
+    def _groups(self, model: nn.Module, settings: dict[str, Any]) -> list[dict[str, Any]]:
+        """The param groups by name; takes what chooses them out of `settings`."""
+        name = self.algorithm.__name__
+        rank, targets, exclude = (settings.pop(key) for key in ("rank", "target_modules", "exclude"))
+        if rank is not None:
+            return _projected_and_plain(name, model, rank, targets, exclude)
+        if targets or exclude:
+            raise ValueError(f"{name}: rank=None projects nothing, but target_modules or exclude is given.")
+        settings["rank"] = None
+        return [_everything(model)]
 
 
 def _class_of(algorithm: str | type[LowRankOptimizer]) -> type[LowRankOptimizer]:
