@@ -103,7 +103,8 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=["fp32", "bf16"], help="default: the ds_config's; without one bf16 on GPUs, fp32 on CPUs. "
         "bf16 is fp32 master weights computed in bf16 under fsdp1, fsdp2, hsdp and DeepSpeed; under ddp the weights "
         "themselves are bf16")  # fmt: skip
-    add("--activation-checkpointing", action="store_true", help="recompute each layer in the backward pass")
+    add("--activation-checkpointing", action="store_true", help="recompute each layer in the backward "
+        "pass (a ds_config's activation_checkpointing section does so, too, by DeepSpeed's function)")  # fmt: skip
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

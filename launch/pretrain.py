@@ -23,6 +23,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import lowrank_ds
 from launch.data import LocalBatches, cut_blocks, find_files, token_cache
 from launch.engines import DdpTrainer, DeepSpeedTrainer, Fsdp1Trainer, Fsdp2Trainer, TorchTrainer, hybrid_mesh
 from launch.evaluation import perplexity
@@ -75,12 +76,14 @@ def build_deepspeed(args, config: dict, tokenizer, factor, processes: Processes)
         # The op would be compiled for minutes, and a killed compilation leaves a lock that hangs every later run.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
-    if config.get("activation_checkpointing") and not args.activation_checkpointing and processes.is_main:
-        print("note: DeepSpeed does not apply its activation_checkpointing section to HF models; "
-              "use --activation-checkpointing", flush=True)  # fmt: skip
     zero3 = HfDeepSpeedConfig(config)  # while it lives, transformers shards weights as it makes them (stage 3)
     dtype = torch.bfloat16 if zero3.is_zero3() and config.get("bf16", {}).get("enabled") else torch.float32
     model = _model(args, tokenizer, dtype)
+    if "activation_checkpointing" in config:  # DeepSpeed itself only parses it
+        try:
+            lowrank_ds.activation_checkpointing(model, config)
+        except ValueError as error:
+            raise SystemExit(f"--deepspeed_config {args.deepspeed_config}: {error}") from None
     return DeepSpeedTrainer(model, config, factor, args.embed_lr, processes)
 
 

@@ -20,6 +20,7 @@ from lowrank_ds.algorithms import (
     Lomo,
 )
 from lowrank_ds.backward import layerwise
+from lowrank_ds.engines.checkpointing import activation_checkpointing
 from lowrank_ds.engines.huggingface import for_trainer
 from lowrank_ds.memory import state_bytes
 from lowrank_ds.params import divide_params, param_groups
@@ -35,6 +36,7 @@ __all__ = [
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "Lomo",
+    "activation_checkpointing",
     "divide_params",
     "for_trainer",
     "layerwise",

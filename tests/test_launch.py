@@ -57,14 +57,15 @@ def shell(*command: object, **variables: str) -> str:
 
 
 def pretrain(corpus: Path, output: Path, *arguments: object, processes: int = 1) -> dict:
-    """summary.json of a short pretrain.py run."""
-    shell(
+    """summary.json of a short pretrain.py run; what it printed is in output/printed."""
+    printed = shell(
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes,
         "launch/pretrain.py", "--model", "ds_configs/models/llama_tiny.json", "--tokenizer", corpus / "tokenizer",
         "--train-data", corpus / "train.jsonl", "--valid-data", corpus / "valid.jsonl", "--cache-dir", corpus / "cache",
         "--seq-len", 64, "--batch-size", 4, "--steps", 3, "--eval-tokens", 2048, "--log-every", 1, "--dtype", "fp32",
         "--output", output, *arguments,
     )  # fmt: skip
+    (output / "printed").write_text(printed)
     return json.loads((output / "summary.json").read_text())
 
 
@@ -253,7 +254,7 @@ RUNS = {  # name: (processes, flags beside FIRA's); where --micro-batch is small
     "plain": (1, {}),
     "ddp": (2, {"activation-checkpointing": True, "micro-batch": 1}),
     "zero2": (2, {"deepspeed_config": "ds_configs/zero2_fira.json", "micro-batch": 1}),
-    "zero3": (2, {"deepspeed_config": "ds_configs/zero3_fira.json", "micro-batch": 2}),
+    "zero3": (2, {"deepspeed_config": "zero3.json", "micro-batch": 2}),  # with DeepSpeed's activation checkpointing
     "fsdp2": (2, {"engine": "fsdp2", "activation-checkpointing": True, "micro-batch": 1}),
     "fsdp1": (2, {"engine": "fsdp1", "micro-batch": 1}),
     "hsdp": (4, {"engine": "hsdp", "hsdp-shard": 2}),
@@ -265,7 +266,11 @@ DCP_RUNS = ("plain", "ddp", "fsdp2", "hsdp")
 def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of one short run a row of RUNS, each from a YAML file."""
     folder = tmp_path_factory.mktemp("runs")
+    config = json.loads((ROOT / "ds_configs" / "zero3_fira.json").read_text())
+    (folder / "zero3.json").write_text(json.dumps({**config, "activation_checkpointing": {"profile": True}}))
     for name, (processes, flags) in RUNS.items():
+        if flags.get("deepspeed_config") == "zero3.json":
+            flags = {**flags, "deepspeed_config": str(folder / "zero3.json")}
         optimizer = {} if "deepspeed_config" in flags else {"optimizer": "FiraAdamW"}
         (folder / f"{name}.yaml").write_text(json.dumps({**FIRA, **optimizer, **flags}))
         pretrain(corpus, folder / name, "--config", folder / f"{name}.yaml", processes=processes)
@@ -342,6 +347,12 @@ def test_layerwise_reaches_the_ds_config() -> None:
     given = [f"--{key}={value}" for key, value in REQUIRED.items()]
     args = parse([*given, "--layerwise", "--deepspeed_config", str(ROOT / "ds_configs/zero3_fira.json")])
     assert load_ds_config(args)["optimizer"]["params"]["layerwise"] is True
+
+
+def test_the_activation_checkpointing_section_is_applied(runs: Path) -> None:
+    """Its `profile` has DeepSpeed print the time of every recomputed layer (the weights are compared above)."""
+    assert "| fwd: " in (runs / "zero3" / "printed").read_text()
+    assert "| fwd: " not in (runs / "zero2" / "printed").read_text()
 
 
 def test_sharded_engines_share_the_state(runs: Path) -> None:
