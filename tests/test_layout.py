@@ -22,7 +22,7 @@ PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
 @PROPERTY
 @given(SHAPES, PLACES)
 def test_every_entry_lies_in_one_block_of_one_rank(shape: tuple[int, int], places: list[int]) -> None:
-    """Blocks tile the matrix; pad and unpad are inverse; each row is owned once; chunks tile any total."""
+    """Blocks, and their pieces, tile the matrix; pad and unpad are inverse; rows are owned once; chunks tile totals."""
     m, n = shape
     matrix, seen = torch.arange(m * n), torch.zeros(m, n, dtype=torch.int64)
     owned, chunks = [], []
@@ -32,8 +32,11 @@ def test_every_entry_lies_in_one_block_of_one_rank(shape: tuple[int, int], place
         for block in layout.blocks:
             whole, part = matrix.view(m, n)[layout.rows_axis.window], seen[layout.rows_axis.window]
             assert torch.equal(block.of(entries), whole[block.rows, block.cols])
-            assert layout.position(block) == (int(block.of(entries)[0, 0]), n)
-            part[block.rows, block.cols] += 1
+            for piece in block.split(4):
+                assert torch.equal(piece.of(entries), whole[piece.rows, piece.cols])
+                assert layout.position(piece) == (int(piece.of(entries)[0, 0]), n)
+                assert piece.of(entries).numel() <= 4 or piece.of(entries).shape[0] == 1
+                part[piece.rows, piece.cols] += 1
         assert torch.equal(layout.unpad(layout.pad(entries)), entries)
         owned += list(range(m))[layout.rows_axis.window][layout.owned_rows]
         even = layout.even(7)
