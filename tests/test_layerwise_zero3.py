@@ -142,6 +142,8 @@ def run_cases(rank: int, world: int, names: list[str]) -> dict[str, dict[str, to
         assert type(engine.optimizer).__name__ == "FusedZero3"
         found[name] = training.weights_of(engine.module)
         engine.destroy()
+    for recipe in RECIPES:
+        found[f"ordinary {recipe}"] = training.zero(rank, world, recipe, 3, STEPS)
     return found if rank == 0 else {}
 
 
@@ -158,6 +160,16 @@ def test_equal_to_ordinary_one_process(world: int, case: str) -> None:
     expected = (CASES if world == 2 else THREE)[case][1]()
     difference = training.largest_difference(case_results(world)[case], expected)
     assert difference <= LIMIT, f"{case}: {difference:.1e}"
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_equal_to_ordinary_zero3(world: int, capsys: pytest.CaptureFixture) -> None:
+    """The same engine and ranks, with and without: 1e-6."""
+    found = case_results(world)
+    apart = {recipe: training.largest_difference(found[recipe], found[f"ordinary {recipe}"]) for recipe in RECIPES}
+    with capsys.disabled():
+        print(f"\nlayer-wise against ordinary ZeRO-3, {world} ranks:", {k: f"{v:.1e}" for k, v in apart.items()})
+    assert max(apart.values()) <= 1e-6
 
 
 # --- what is alive, bf16, torch's own backward, checkpoints -----------------------------------------------------------
