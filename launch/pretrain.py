@@ -87,7 +87,7 @@ def build_deepspeed(args, config: dict, tokenizer, factor, processes: Processes)
     return DeepSpeedTrainer(model, config, factor, args.embed_lr, processes)
 
 
-def build_torch(args, tokenizer, factor, processes: Processes) -> TorchTrainer:
+def build_torch(args, tokenizer, factor, plan: BatchPlan, processes: Processes) -> TorchTrainer:
     """Model, engine and optimizer without DeepSpeed."""
     on_gpu = processes.device.type == "cuda"
     if processes.world > 1 or args.engine != "ddp":
@@ -98,7 +98,11 @@ def build_torch(args, tokenizer, factor, processes: Processes) -> TorchTrainer:
     def optimizer_of(wrapped: torch.nn.Module, ends: set[str]) -> torch.optim.Optimizer:
         return torch_optimizer(args.optimizer, wrapped, optimizer_overrides(args), args.embed_lr, ends)
 
-    parts = model, optimizer_of, factor, args.gradient_clipping or 0.0, processes
+    clip, layerwise = args.gradient_clipping or 0.0, None
+    if args.layerwise:
+        norm = clip if args.clip else None
+        clip, layerwise = 0.0, {"accumulation_steps": plan.accumulation, "clip": args.clip, "max_grad_norm": norm}
+    parts = model, optimizer_of, factor, clip, processes, layerwise
     if args.engine == "ddp":
         return DdpTrainer(*parts)
     if args.engine == "fsdp1":
@@ -155,6 +159,7 @@ def summarise(args, config: dict | None, trainer, plan: BatchPlan, processes: Pr
         "lr": params["lr"],
         "embed_lr": params["lr"] if args.embed_lr is None else args.embed_lr,
         "engine": engine_name(args, config, processes.world),
+        "layerwise": args.layerwise,
         "model": args.model,
         "parameters": trainer.parameters,
         "steps": args.steps,
@@ -197,7 +202,7 @@ def main() -> None:
     if config:
         trainer = build_deepspeed(args, config, tokenizer, factor, processes)
     else:
-        trainer = build_torch(args, tokenizer, factor, processes)
+        trainer = build_torch(args, tokenizer, factor, plan, processes)
     if processes.is_main:
         output.mkdir(parents=True, exist_ok=True)
         (output / "arguments.json").write_text(json.dumps({**vars(args), "ds_config": config}, indent=2) + "\n")

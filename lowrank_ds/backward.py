@@ -110,6 +110,7 @@ class InBackward:
         self._handles: list[Any] = []
         self._ever = False  # whether any hook has fired
         self._measures = False
+        self.saves_whole_sums = False  # whether somebody else puts half-finished sums of whole gradients in checkpoints
         self._backward = -1  # the backward pass at whose end `_flush` is called
         self._register()
         self.forget()
@@ -130,9 +131,18 @@ class InBackward:
 
     def forget(self) -> None:
         """Begin a new step: nothing has fired, nothing waits."""
+        self._expected = 0  # backward passes announced by `expect`
         self._fired: dict[Tensor, int] = {}
         self._waiting: dict[Tensor, bool] = {}  # tensor: whether to update it (else its gradient is only summed)
         self._waiting_size = 0
+
+    def expect(self, last: bool) -> None:
+        """Say before a backward pass whether it is the last one before `step()`: where their number varies.
+
+        `accumulation_steps` is set aside; call it before every backward then.
+        """
+        self._expected += 1
+        self.micro_batches = self._expected if last else self._expected + 1
 
     def _register(self) -> None:
         for number, group in enumerate(self.optimizer.param_groups):
@@ -268,7 +278,8 @@ class InBackward:
 
     def before_saving(self) -> None:
         """Say what a state dict cannot have."""
-        lost = [h for h, fired in self._fired.items() if fired == self.micro_batches or engines.has_grad(h)]
+        whole = not self.saves_whole_sums
+        lost = [h for h, n in self._fired.items() if n == self.micro_batches or (whole and engines.has_grad(h))]
         if lost:
             logger.warning(
                 "layerwise: state_dict() between a backward pass and step(): the gradients of %d parameters (such as "

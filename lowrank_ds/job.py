@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import itertools
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from lowrank_ds.layout import Block, Layout
 from lowrank_ds.recipe import Recipe
 
 _CHUNK = 1 << 16  # entries of G scaled at a time on CPU: a temporary that stays in cache, never a second G
+_PIECE, _PIECE_CPU = 1 << 24, 1 << 18  # entries of an element-wise update at a time: a few kernels of 64 MiB, of 1 MiB
 
 
 @dataclass
@@ -72,19 +74,35 @@ def _keep(job: Job, scale: Tensor | None) -> float | Tensor:
 _EXACT = (torch.float32, torch.float64)  # dtypes updated in place; narrower ones through fp32
 
 
+def pieces(job: Job) -> Iterator[Block]:
+    """The blocks of this rank's entries, cut so that fp32 temporaries stay far smaller than a large parameter."""
+    size = _PIECE_CPU if job.weight.device.type == "cpu" else _PIECE
+    return itertools.chain.from_iterable(block.split(size) for block in job.layout.blocks)
+
+
 def write_entries(job: Job, update: Tensor, step_size: float, scale: Tensor | None) -> None:
-    """W <- (1 - lr scale wd) W - step_size * update, for entries (numel,), in place."""
-    weight = job.weight if job.weight.dtype in _EXACT else job.weight.float()
+    """W <- (1 - lr scale wd) W - step_size * update, for entries (numel,), in place.
+
+    With `Recipe.decay_last` the update is decayed too.
+    """
+    for piece in pieces(job):
+        write_piece(job, piece, update[piece.entries], step_size, scale)
+
+
+def write_piece(job: Job, piece: Block, update: Tensor, step_size: float, scale: Tensor | None) -> None:
+    """The same for the entries of `piece` only; update: theirs, 1-D."""
+    stored = piece.of(job.weight)
+    weight = stored if stored.dtype in _EXACT else stored.float()
+    step_size = step_size * _keep(job, scale) if job.recipe.decay_last else step_size
     if job.weight_decay:
         weight.mul_(_keep(job, scale))
-    weight.sub_(update, alpha=step_size)
-    for block in job.layout.blocks:
-        _round_back(job, block.of(weight), block)
+    weight.sub_(update.view_as(weight), alpha=step_size)
+    _round_back(job, weight, piece)
 
 
 def write(job: Job, side, basis, source: Tensor, factor, direction, step_size: float, scale, live: Tensor) -> None:
     """W <- (1 - lr scale wd) W - step_size * (factor o source + direction B^T), block by block, in place."""
-    for block in job.layout.blocks:
+    for block in job.layout.blocks if job.weight.dtype in _EXACT else pieces(job):
         stored = block.of(job.weight)
         weight = stored if stored.dtype in _EXACT else stored.float()
         lines, left, right = side.terms(block, basis, factor, direction)

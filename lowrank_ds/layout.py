@@ -20,7 +20,7 @@ Legend: m rows, n columns, l rows this rank touches, w columns it touches, k hol
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -46,6 +46,15 @@ class Block(NamedTuple):
     def of(self, entries: Tensor) -> Tensor:
         """The rectangle as a 2-D view of 1-D `entries`."""
         return entries[self.entries].view(self.rows.stop - self.rows.start, self.cols.stop - self.cols.start)
+
+    def split(self, size: int) -> Iterator[Block]:
+        """Blocks of whole rows of this one, with at most `size` entries (or one row)."""
+        width = self.cols.stop - self.cols.start
+        step = max(1, size // max(1, width))
+        for first in range(self.rows.start, self.rows.stop, step):
+            last = min(first + step, self.rows.stop)
+            start = self.entries.start + (first - self.rows.start) * width
+            yield Block(slice(first, last), self.cols, slice(start, start + (last - first) * width))
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +159,13 @@ class Layout:
         n = self.shape[1]
         first = (self.rows_axis.window.start + block.rows.start) * n + self.cols_axis.window.start + block.cols.start
         return first, n
+
+    def send_to_all(self, entries: Tensor) -> Steps:
+        """Bring the whole matrix (m, n) to every rank, also to those that hold nothing. entries (numel,)."""
+        others = [j for j in range(self.world) if j != self.rank]
+        sends = {j: entries for j in others} if self.numel else {}
+        answer = yield Exchange(sends, {j: self.count_of(j) for j in others if self.count_of(j)})
+        return self.assemble({**answer, self.rank: entries} if self.numel else answer)
 
     def send_to(self, owner: int, entries: Tensor) -> Steps:
         """Bring the whole matrix to rank `owner`. Answers (m, n) there, None elsewhere."""

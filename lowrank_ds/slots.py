@@ -148,7 +148,10 @@ def _adopt(slot: Slot, recipe: Recipe, plain_shape: tuple[int, ...], store: dict
 
 
 def _all_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, Stored]:
-    counters = COUNTERS[:1] if not projected else COUNTERS if recipe.accumulation else COUNTERS[:-1]
+    if not projected or recipe.subspace is None:
+        counters = COUNTERS[:1]
+    else:
+        counters = COUNTERS if recipe.accumulation else COUNTERS[:-1]
     return {**pipeline.state_shapes(layout, recipe, projected), **dict.fromkeys(counters, SCALAR)}
 
 
@@ -163,7 +166,7 @@ def _fresh(name: str, shape: tuple[int, ...], device: torch.device | str) -> Ten
 
 def due(slot: Slot, recipe: Recipe) -> bool:
     """Whether a new basis is due: at the first step, then every T steps (Flora: when step % kappa == 0)."""
-    if not slot.projected:
+    if not slot.projected or recipe.subspace is None:
         return False
     if slot.refreshes == 0:
         return True

@@ -29,7 +29,7 @@ from launch.data import BlockOrder, LocalBatches, cut_blocks, read_documents
 from launch.engines import DdpTrainer, Fsdp1Trainer, Fsdp2Trainer, TorchTrainer, hybrid_mesh
 from launch.model import read_config
 from launch.optimizers import torch_optimizer
-from launch.options import BatchPlan, parse
+from launch.options import BatchPlan, load_ds_config, parse
 from launch.processes import Processes
 from tests.cluster import launch, quiet_deepspeed, tiny_llama
 from tests.training import largest_difference
@@ -126,6 +126,9 @@ def test_text_formats_give_the_same_documents(tmp_path: Path) -> None:
         cut_blocks(np.arange(3), 8, "--train-data")
 
 
+LAYERWISE = ["--optimizer", "X", "--layerwise"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -140,6 +143,12 @@ def test_text_formats_give_the_same_documents(tmp_path: Path) -> None:
             "--hsdp-shard is for --engine hsdp, not fsdp2",
         ),
         (["--engine", "fsdp3", "--optimizer", "X"], "invalid choice: 'fsdp3'"),
+        (["--optimizer", "X", "--clip", "previous"], "--clip previous is for --layerwise"),
+        (["--optimizer", "X", "--compress-accumulation"], "compress_accumulation (micro-batches are summed in the"),
+        ([*LAYERWISE, "--gradient-clipping", "1"], "--gradient-clipping 1.0 with --layerwise needs --clip, one of two"),
+        ([*LAYERWISE, "--clip", "two_pass"], "--clip two_pass needs --gradient-clipping, the largest norm"),
+        ([*LAYERWISE, "--engine", "fsdp1"], "FSDP1 fires no hook with the reduced gradient; use --engine fsdp2"),
+        (["--layerwise", "--deepspeed_config", "z", "--gradient-clipping", "1"], "DeepSpeed clips before gradients"),
     ],
 )
 def test_pretrain_flags_are_checked(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
@@ -297,6 +306,53 @@ def test_the_activation_checkpointing_section_is_applied(runs: Path) -> None:
     """Its `profile` has DeepSpeed print the time of every recomputed layer (the weights are compared above)."""
     assert "| fwd: " in (runs / "zero3" / "printed").read_text()
     assert "| fwd: " not in (runs / "zero2" / "printed").read_text()
+
+
+def layerwise_and_not(rank: int, world: int) -> list[float]:
+    """Largest difference of weights after three steps with and without `layerwise`, under FSDP2 and in (world, 1)."""
+    processes, found = Processes(rank, world, rank, torch.device("cpu")), []
+    batches = [[tiny_batch()[rank : rank + 1], tiny_batch()[1 - rank : 2 - rank, :9]] for _ in range(3)]
+
+    def weights(mesh: object, algorithm: str, options: dict, clip: float, layerwise: dict | None) -> dict:
+        build = lambda model, ends: torch_optimizer(algorithm, model, {"lr": 1e-2, "rank": 8, **options}, None, ends)
+        parts = tiny_llama(), build, lambda step: 1.0, clip, processes, layerwise
+        trainer = Fsdp2Trainer(*parts, mesh=mesh, bf16=False)
+        for micro_batches in batches:
+            trainer.train_step(micro_batches)
+        whole = {name: p.full_tensor().clone() for name, p in trainer.module.named_parameters()}
+        if layerwise and "clip" not in layerwise:  # all is done in the backward: each micro-batch is reduced in it
+            trainer.backward(batches[0])
+            assert all(p.grad is None for p in trainer.module.parameters())
+        return whole
+
+    shared, copies = init_device_mesh("cpu", (world,)), init_device_mesh("cpu", (world, 1), mesh_dim_names=("r", "s"))
+    clipped = {"accumulation_steps": 2, "clip": "two_pass", "max_grad_norm": 0.1}
+    compressed = {"accumulation_steps": 2}
+    sums = {"compress_accumulation": True, "update_proj_gap": 2}
+    for mesh in (shared, copies):
+        pair = weights(mesh, "FiraAdamW", {}, 0.1, None), weights(mesh, "FiraAdamW", {}, 0.0, clipped)
+        found.append(largest_difference(*pair))
+    usual = weights(shared, "GaLoreAdamW", {"update_proj_gap": 2}, 0.0, None)
+    found.append(largest_difference(usual, weights(shared, "GaLoreAdamW", sums, 0.0, compressed)))
+    return found
+
+
+def test_layerwise_changes_nothing(runs: Path, corpus: Path) -> None:
+    """--layerwise with accumulation and the exact norm: the weights of the ordinary run, from the command line too."""
+    flags = {**FIRA, "optimizer": "FiraAdamW", "layerwise": True, "clip": "two_pass", "micro-batch": 1}
+    (runs / "layerwise.yaml").write_text(json.dumps(flags))
+    found = pretrain(corpus, runs / "layerwise", "--config", runs / "layerwise.yaml")
+    assert found["layerwise"] and found["engine"] == "plain" and not summary(runs / "plain")["layerwise"]
+    assert largest_difference(saved_weights(runs / "layerwise"), saved_weights(runs / "plain")) <= 1e-5
+    differences = launch(2, layerwise_and_not)[0]
+    assert all(difference <= 1e-5 for difference in differences), differences
+
+
+def test_layerwise_reaches_the_ds_config() -> None:
+    """--layerwise is an option of the optimizer there."""
+    given = [f"--{key}={value}" for key, value in REQUIRED.items()]
+    args = parse([*given, "--layerwise", "--deepspeed_config", str(ROOT / "ds_configs/zero3_fira.json")])
+    assert load_ds_config(args)["optimizer"]["params"]["layerwise"] is True
 
 
 def test_sharded_engines_share_the_state(runs: Path) -> None:

@@ -5,6 +5,7 @@ An engine never guesses from a tensor's shape: it reads the engine's own records
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from lowrank_ds.engines import deepspeed, fsdp1, plain, zero3
 from lowrank_ds.engines.accelerate import refuse_replacement
-from lowrank_ds.engines.deepspeed import allow, name_of
+from lowrank_ds.engines.deepspeed import allow, model, name_of
 from lowrank_ds.engines.fsdp1 import check, record
 from lowrank_ds.engines.placement import Placement
 from lowrank_ds.engines.zero3 import expect as expect_layerwise
 from lowrank_ds.engines.zero3 import wants as wants_layerwise
+from lowrank_ds.layout import Layout
 
 __all__ = [
     "BEFORE_REDUCTION",
@@ -41,12 +43,15 @@ __all__ = [
     "local",
     "local_grad",
     "locate",
+    "model",
     "name_of",
     "on_gradient",
+    "part",
     "record",
     "refuse_replacement",
     "sharers",
     "wants_layerwise",
+    "version",
 ]
 
 
@@ -229,3 +234,19 @@ def locate(
     from lowrank_ds.engines import dtensor
 
     return dtensor.locate(host, own)
+
+
+def part(name: str, param: Tensor) -> tuple[Layout, Tensor]:
+    """(layout, entries held here (numel,)) of a frozen parameter, as a matrix (d0, rest).
+
+    Raises:
+        RuntimeError: an engine keeps the parameter where it cannot be read, naming it.
+    """
+    shape = full_shape(param)
+    (at,) = locate(param, [param], [(name, param)], {name: shape})
+    return at.layout(shape[0], math.prod(shape[1:])), local(param).detach().reshape(-1)
+
+
+def version(param: Tensor) -> int:
+    """How often what is held here of a frozen parameter was changed in place."""
+    return zero3.version(param) if zero3.is_host(param) else local(param)._version

@@ -48,7 +48,16 @@ def _held(host: Tensor) -> tuple[int, int]:
 
 
 def locate(host: Tensor, name: str) -> list[Placement]:
-    """This rank's range of the parameter `name`."""
+    """This rank's range of the parameter `name`.
+
+    Raises:
+        RuntimeError: the parameter is on NVMe.
+    """
+    if getattr(host, "nvme_swapper", None) is not None:
+        raise RuntimeError(
+            f"{name} is on NVMe (zero_optimization.offload_param.device), where its entries cannot be read. Use device "
+            "cpu."
+        )
     group, size, numel = host.ds_process_group, host.ds_tensor.numel(), host.ds_numel
     world = dist.get_world_size(group)
     cuts = (*(min(i * size, numel) for i in range(world)), numel)
@@ -59,6 +68,11 @@ def local(host: Tensor) -> Tensor:
     """This rank's entries (numel here,) of the weight, without the padding; shares memory with DeepSpeed's piece."""
     first, end = _held(host)
     return host.ds_tensor.data[: end - first]
+
+
+def version(host: Tensor) -> int:
+    """How often this rank's piece was changed in place."""
+    return host.ds_tensor._version
 
 
 # -- gradients --------------------------------------------------------------------------------------------------------
