@@ -82,7 +82,7 @@ class FusedZero3(ZeROOptimizer):
         if closure is not None:
             raise RuntimeError("DeepSpeed's engine.step() takes no closure.")
         self.optimizer.step()
-        self._partition()
+        self.empty_partition_cache()
         self._gather_persistent()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -98,17 +98,14 @@ class FusedZero3(ZeROOptimizer):
     def overlapping_partition_gradients_reduce_epilogue(self) -> None:
         """Nothing is left to reduce at the end of a backward."""
 
-    def _partition(self) -> None:
-        self.parameter_offload.partition_all_parameters()
-
     def _gather_persistent(self) -> None:
         persistent = self.parameter_offload.persistent_parameters
         if persistent:
             persistent[0].all_gather(persistent)
 
     def empty_partition_cache(self) -> None:
-        """DeepSpeed: free every gathered parameter."""
-        self._partition()
+        """Free every gathered parameter, those that stay gathered too."""
+        self.parameter_offload.partition_all_parameters()
 
     def destroy(self) -> None:
         """Take our hooks and DeepSpeed's off the model."""
@@ -119,7 +116,7 @@ class FusedZero3(ZeROOptimizer):
     # -- checkpoints --------------------------------------------------------------------------------------------------
     def checkpoint_event_prologue(self) -> None:
         """Before saving or loading: every parameter is in pieces."""
-        self._partition()
+        self.empty_partition_cache()
 
     def checkpoint_event_epilogue(self) -> None:
         """After saving or loading."""
@@ -165,9 +162,6 @@ class FusedZero3(ZeROOptimizer):
 
     def _restore_from_bit16_weights(self) -> None:
         """The weights that the engine loaded into the model are the only ones."""
-
-    def refresh_fp32_params(self) -> None:
-        """There are no fp32 copies."""
 
 
 # -- putting it there -------------------------------------------------------------------------------------------------
