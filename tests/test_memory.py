@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lowrank_ds
+from lowrank_ds import job
 from tests import training
 from tests.cluster import batches, tiny_llama
 from tests.tracking import Tracker, largest_two
@@ -148,3 +149,20 @@ def test_sums_of_eight_micro_batches_cost_r_over_the_short_side(layerwise: bool)
         sums = optimizer.state[p]["accumulated"]
         assert sums.nbytes * min(p.shape) == rank * p.nbytes, name
     assert len(projected) == 28
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("recipe", ["galore", "fira", "galore adafactor", "flora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_size_of_pieces_changes_nothing(recipe: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps in pieces of 64 entries and in one piece, the same weights; bf16 is rounded stochastically."""
+    torch.set_num_threads(1)
+    found = []
+    for size in (64, 1 << 40):
+        monkeypatch.setattr(job, "_PIECE_CPU", size)
+        found.append(training.one_process(recipe, 3, tiny_llama().to(dtype), lr=1e-3, weight_decay=0.1))
+    differing = sum((found[0][n] != found[1][n]).sum().item() for n in found[0])
+    if dtype == torch.float32:  # products of other shapes round in the last bit
+        assert training.largest_difference(*found) <= 1e-7
+    else:  # which decides a few draws
+        assert differing <= 0.001 * sum(w.numel() for w in found[0].values())
