@@ -295,5 +295,6 @@ def _features(engine: Any, zero: Any) -> list[tuple[str, Any]]:
         ("zero_optimization.zero_quantized_nontrainable_weights", zero.zero_quantized_nontrainable_weights),
         ("zero_optimization.zero_quantized_gradients", zero.zero_quantized_gradients),
         ("zero_optimization.zenflow", zero.zenflow),
+        ("sequence parallelism", engine.sequence_parallel_size > 1),
         ("compile.deepcompile", engine.is_deepcompile_enabled()),
     ]
