@@ -33,6 +33,7 @@ ZERO = {
     "zero2": {"stage": 2, "overlap_comm": True, "contiguous_gradients": True},
     "zero3": {"stage": 3, "overlap_comm": True, "contiguous_gradients": True,
               "stage3_gather_16bit_weights_on_model_save": True},
+    "zero3_layerwise": {"stage": 3, "overlap_comm": True, "stage3_gather_16bit_weights_on_model_save": True},
     "zero3_offload": {"stage": 3, "overlap_comm": True, "contiguous_gradients": True,
                       "stage3_gather_16bit_weights_on_model_save": True,
                       "offload_optimizer": {"device": "cpu", "pin_memory": True},
@@ -54,6 +55,8 @@ MODELS = {
 def ds_config(stage: str, optimizer: tuple[str, dict]) -> dict:
     """A ds_config that plain DeepSpeed accepts as it is: no "auto"."""
     kind, params = optimizer
+    if stage == "zero3_layerwise":
+        params = {**params, "layerwise": True}
     return {
         "train_micro_batch_size_per_gpu": 16,
         "gradient_accumulation_steps": 1,

@@ -110,12 +110,18 @@ class TorchTrainer(Trainer):
         factor: Callable[[int], float],
         clip: float,
         processes: Processes,
+        layerwise: dict | None = None,
     ):
-        """optimizer_of: makes the optimizer from the wrapped model and the names of its embeddings, head and norms."""
+        """optimizer_of: makes the optimizer from the wrapped model and the names of its embeddings, head and norms.
+
+        layerwise: update inside the backward, with these arguments for `lowrank_ds.layerwise`; `clip` must be 0 then.
+        """
         super().__init__(model, processes)
         self.clip, ends = clip, end_names(model)
         self.module, self.model = self.wrap(model)
         self.optimizer = optimizer_of(self.module, ends)
+        self.in_backward = lowrank_ds.layerwise(self.model, self.optimizer, **layerwise) if layerwise else None
+        self.two_passes = bool(layerwise) and layerwise.get("clip") == "two_pass"
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
 
     @abstractmethod
@@ -132,13 +138,11 @@ class TorchTrainer(Trainer):
 
     def train_step(self, batches: list[torch.Tensor]) -> torch.Tensor:
         self.model.train()
-        total, start = 0.0, self.watch.mark()
-        for number, ids in enumerate(batches, 1):
-            ids = ids.to(self.device, non_blocking=True)
-            with self.accumulating(last=number == len(batches)):
-                loss = self.model(input_ids=ids, labels=ids).loss
-                (loss / len(batches)).backward()
-            total = total + loss.detach()
+        start = self.watch.mark()
+        if self.two_passes:
+            with self.in_backward.measuring():
+                self.backward(batches)
+        mean = self.backward(batches)
         if self.clip:
             self.clip_gradients(self.clip)
         middle = self.watch.mark()
@@ -146,6 +150,18 @@ class TorchTrainer(Trainer):
         self.watch.add(start, middle, self.watch.mark())
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
+        return mean
+
+    def backward(self, batches: list[torch.Tensor]) -> torch.Tensor:
+        """Forward and backward of all micro-batches; returns their mean loss."""
+        total = 0.0
+        for number, ids in enumerate(batches, 1):
+            ids = ids.to(self.device, non_blocking=True)
+            # layer-wise: each micro-batch's gradients are summed over processes, to be kept sharded or compressed
+            with self.accumulating(last=number == len(batches) or self.in_backward is not None):
+                loss = self.model(input_ids=ids, labels=ids).loss
+                (loss / len(batches)).backward()
+            total = total + loss.detach()
         return total / len(batches)
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:

@@ -49,8 +49,6 @@ def build_model(path: str, tokenizer, *, seq_len: int, seed: int, dtype: torch.d
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         draw_weights(model, seed)
     if checkpointing:
-        # DeepSpeed only parses its "activation_checkpointing" section, HF models never see it; and the non-reentrant
-        # form of torch is the one that works under ZeRO-3.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ENGINES = ("ddp", "fsdp1", "fsdp2", "hsdp", "deepspeed")
+CLIPS = ("two_pass", "previous", "per_tensor")
+SUMS = ("compress_accumulation", "accumulation_compression_rank")
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,30 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--rank", type=int, help="rank of the subspaces (default: the ds_config's)")
     add("--embed-lr", type=float, help="learning rate of embeddings, lm_head and norms (default: the same as --lr)")
     add("--gradient-clipping", type=float, help="global norm, 0 = off (default: the ds_config's, else 0)")
+    add(
+        "--layerwise",
+        action="store_true",
+        help="update each weight inside the backward pass and free its gradient: "
+        "ddp with one process, fsdp2, hsdp (--hsdp-shard 1 in place of DDP), DeepSpeed ZeRO-3",
+    )
+    add(
+        "--clip",
+        choices=CLIPS,
+        help="with --layerwise: what --gradient-clipping is the limit of. two_pass: the exact "
+        "global norm, each forward and backward runs twice; previous: the global norm of the step before; per_tensor: "
+        "each gradient's own norm",
+    )
+    add(
+        "--compress-accumulation",
+        action="store_true",
+        help="with --layerwise: sum micro-batches in the subspace "
+        "(GaLore; Flora: accumulation_compression_rank in --optimizer-args)",
+    )
     add("--dtype", choices=["fp32", "bf16"], help="default: the ds_config's; without one bf16 on GPUs, fp32 on CPUs. "
         "bf16 is fp32 master weights computed in bf16 under fsdp1, fsdp2, hsdp and DeepSpeed; under ddp the weights "
         "themselves are bf16")  # fmt: skip
-    add("--activation-checkpointing", action="store_true", help="recompute each layer in the backward pass")
+    add("--activation-checkpointing", action="store_true", help="recompute each layer in the backward "
+        "pass (a ds_config's activation_checkpointing section does so, too, by DeepSpeed's function)")  # fmt: skip
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -94,6 +116,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     config = early.parse_known_args(argv)[0].config
     args = parser.parse_args([*(flags_of(parser, Path(config)) if config else []), *argv])
     check_engine(parser, args)
+    check_layerwise(parser, args)
     if bool(args.train_data) == bool(args.dataset):
         parser.error("give either --train-data FILES or --dataset NAME")
     if args.train_data and not args.valid_data:
@@ -121,6 +144,31 @@ def check_engine(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     args.engine = args.engine or ("deepspeed" if args.deepspeed_config else "ddp")
     if args.hsdp_shard is not None and args.engine != "hsdp":
         parser.error(f"--hsdp-shard is for --engine hsdp, not {args.engine}")
+
+
+def check_layerwise(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Say which flags go only with --layerwise, and which not with it."""
+    if isinstance(args.optimizer_args, dict):
+        if args.compress_accumulation:
+            args.optimizer_args["compress_accumulation"] = True
+        sums = next((k for k in SUMS if args.optimizer_args.get(k)), None)
+        if sums and not args.layerwise:
+            parser.error(f"{sums} (micro-batches are summed in the subspace) needs --layerwise")
+    if args.clip and not args.layerwise:
+        parser.error(f"--clip {args.clip} is for --layerwise; --gradient-clipping alone clips by the global norm")
+    if not args.layerwise:
+        return
+    if args.engine == "fsdp1":
+        parser.error("--layerwise: FSDP1 fires no hook with the reduced gradient; use --engine fsdp2")
+    if args.engine == "deepspeed" and (args.clip or args.gradient_clipping):
+        parser.error("--layerwise: DeepSpeed clips before gradients are gone; leave out --clip and --gradient-clipping")
+    if args.clip and not args.gradient_clipping:
+        parser.error(f"--clip {args.clip} needs --gradient-clipping, the largest norm")
+    if args.gradient_clipping and not args.clip:
+        parser.error(
+            f"--gradient-clipping {args.gradient_clipping} with --layerwise needs --clip, one of {', '.join(CLIPS)}: "
+            "there is no moment at which all gradients are there (see --help)"
+        )
 
 
 def flags_of(parser: argparse.ArgumentParser, file: Path) -> list[str]:
@@ -179,6 +227,8 @@ def load_ds_config(args: argparse.Namespace) -> dict:
     if "type" not in config.get("optimizer", {}):
         raise SystemExit(f'{path}: needs an "optimizer" section with a "type", e.g. FiraAdamW')
     config["optimizer"].setdefault("params", {}).update(optimizer_overrides(args))
+    if args.layerwise:
+        config["optimizer"]["params"]["layerwise"] = True  # lowrank_ds arranges it inside deepspeed.initialize
     if args.gradient_clipping is not None:
         config["gradient_clipping"] = args.gradient_clipping
     # DeepSpeed's own default is 1.0 since 0.19: say what is meant.

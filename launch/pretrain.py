@@ -23,6 +23,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import lowrank_ds
 from launch.data import LocalBatches, cut_blocks, find_files, token_cache
 from launch.engines import DdpTrainer, DeepSpeedTrainer, Fsdp1Trainer, Fsdp2Trainer, TorchTrainer, hybrid_mesh
 from launch.evaluation import perplexity
@@ -75,16 +76,18 @@ def build_deepspeed(args, config: dict, tokenizer, factor, processes: Processes)
         # The op would be compiled for minutes, and a killed compilation leaves a lock that hangs every later run.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
-    if config.get("activation_checkpointing") and not args.activation_checkpointing and processes.is_main:
-        print("note: DeepSpeed does not apply its activation_checkpointing section to HF models; "
-              "use --activation-checkpointing", flush=True)  # fmt: skip
     zero3 = HfDeepSpeedConfig(config)  # while it lives, transformers shards weights as it makes them (stage 3)
     dtype = torch.bfloat16 if zero3.is_zero3() and config.get("bf16", {}).get("enabled") else torch.float32
     model = _model(args, tokenizer, dtype)
+    if "activation_checkpointing" in config:  # DeepSpeed itself only parses it
+        try:
+            lowrank_ds.activation_checkpointing(model, config)
+        except ValueError as error:
+            raise SystemExit(f"--deepspeed_config {args.deepspeed_config}: {error}") from None
     return DeepSpeedTrainer(model, config, factor, args.embed_lr, processes)
 
 
-def build_torch(args, tokenizer, factor, processes: Processes) -> TorchTrainer:
+def build_torch(args, tokenizer, factor, plan: BatchPlan, processes: Processes) -> TorchTrainer:
     """Model, engine and optimizer without DeepSpeed."""
     on_gpu = processes.device.type == "cuda"
     if processes.world > 1 or args.engine != "ddp":
@@ -95,7 +98,11 @@ def build_torch(args, tokenizer, factor, processes: Processes) -> TorchTrainer:
     def optimizer_of(wrapped: torch.nn.Module, ends: set[str]) -> torch.optim.Optimizer:
         return torch_optimizer(args.optimizer, wrapped, optimizer_overrides(args), args.embed_lr, ends)
 
-    parts = model, optimizer_of, factor, args.gradient_clipping or 0.0, processes
+    clip, layerwise = args.gradient_clipping or 0.0, None
+    if args.layerwise:
+        norm = clip if args.clip else None
+        clip, layerwise = 0.0, {"accumulation_steps": plan.accumulation, "clip": args.clip, "max_grad_norm": norm}
+    parts = model, optimizer_of, factor, clip, processes, layerwise
     if args.engine == "ddp":
         return DdpTrainer(*parts)
     if args.engine == "fsdp1":
@@ -152,6 +159,7 @@ def summarise(args, config: dict | None, trainer, plan: BatchPlan, processes: Pr
         "lr": params["lr"],
         "embed_lr": params["lr"] if args.embed_lr is None else args.embed_lr,
         "engine": engine_name(args, config, processes.world),
+        "layerwise": args.layerwise,
         "model": args.model,
         "parameters": trainer.parameters,
         "steps": args.steps,
@@ -194,7 +202,7 @@ def main() -> None:
     if config:
         trainer = build_deepspeed(args, config, tokenizer, factor, processes)
     else:
-        trainer = build_torch(args, tokenizer, factor, processes)
+        trainer = build_torch(args, tokenizer, factor, plan, processes)
     if processes.is_main:
         output.mkdir(parents=True, exist_ok=True)
         (output / "arguments.json").write_text(json.dumps({**vars(args), "ds_config": config}, indent=2) + "\n")

@@ -4,6 +4,8 @@ Importing registers the algorithms with `torch.optim`, so that a ds_config can n
 ``"optimizer": {"type": "FiraAdamW", "params": {"lr": 0.01, "rank": 128}}``.
 """
 
+from typing import Any as _Any
+
 import torch as _torch
 
 from lowrank_ds.algorithms import ALGORITHMS as _ALGORITHMS
@@ -18,7 +20,10 @@ from lowrank_ds.algorithms import (
     Lomo,
 )
 from lowrank_ds.backward import layerwise
+from lowrank_ds.engines.checkpointing import activation_checkpointing
 from lowrank_ds.engines.huggingface import for_trainer
+from lowrank_ds.lora_fa import LoRAFA, create_lorafa_optimizer, freeze_lora_a, lorafa_groups
+from lowrank_ds.lora_layers import recompute_dropout
 from lowrank_ds.memory import state_bytes
 from lowrank_ds.params import divide_params, param_groups
 from lowrank_ds.version import __version__
@@ -32,18 +37,24 @@ __all__ = [
     "Flora",
     "GaLoreAdafactor",
     "GaLoreAdamW",
+    "LoRAFA",
     "Lomo",
+    "activation_checkpointing",
+    "create_lorafa_optimizer",
     "divide_params",
     "for_trainer",
+    "freeze_lora_a",
     "layerwise",
+    "lorafa_groups",
     "param_groups",
+    "recompute_dropout",
     "state_bytes",
 ]
 
 
 def _register() -> None:
     """Put the algorithms where DeepSpeed resolves `optimizer.type` (it looks the name up on torch.optim)."""
-    for cls in _ALGORITHMS:
+    for cls in (*_ALGORITHMS, LoRAFA):
         existing = getattr(_torch.optim, cls.__name__, None)
         if existing is not None and existing.__module__ != cls.__module__:
             raise RuntimeError(
@@ -51,6 +62,15 @@ def _register() -> None:
                 "same name. Import lowrank_ds first, or do not import the other one."
             )
         setattr(_torch.optim, cls.__name__, cls)
+
+
+def __getattr__(name: str) -> _Any:
+    """`FloraAccelerator` is imported when it is used: it needs accelerate."""
+    if name == "FloraAccelerator":
+        from lowrank_ds.engines.flora import FloraAccelerator
+
+        return FloraAccelerator
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 _register()

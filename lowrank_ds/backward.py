@@ -1,8 +1,9 @@
 """Layer-wise updates: each parameter is updated inside the backward, when its gradient is complete, and that is freed.
 
 The optimizer, its state and its state dict are the same as without; `step()` finishes what the backward left. A
-gradient waits until the waiting ones would together be larger than the largest parameter, so that small ones share
-collectives: never more than the two largest gradients are alive. All ranks meet the same gradients in the same order.
+gradient waits until the waiting ones would together be larger than the largest parameter, or the backward ends, so that
+small ones share collectives: never more than the two largest gradients are alive. All ranks meet the same gradients in
+the same order.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def layerwise(
     _check_arguments(optimizer, accumulation_steps, clip, max_grad_norm)
     if optimizer._in_backward is not None:
         raise RuntimeError("layerwise() was called for this optimizer before; call .remove() on its handle first.")
-    engines.attach(model, optimizer)
+    accumulation_steps = engines.attach(model, optimizer, accumulation_steps)
     _check_same_tensors(model, optimizer)
     optimizer.init_state()  # all of it, at the place it stays: a state dict is complete before the first step
     state = InBackward(optimizer, accumulation_steps, make_clip(clip, max_grad_norm, optimizer))
@@ -109,6 +110,8 @@ class InBackward:
         self._handles: list[Any] = []
         self._ever = False  # whether any hook has fired
         self._measures = False
+        self.saves_whole_sums = False  # whether somebody else puts half-finished sums of whole gradients in checkpoints
+        self._backward = -1  # the backward pass at whose end `_flush` is called
         self._register()
         self.forget()
         self._largest = max((_size(host) for host in self._indices), default=0)
@@ -128,9 +131,18 @@ class InBackward:
 
     def forget(self) -> None:
         """Begin a new step: nothing has fired, nothing waits."""
+        self._expected = 0  # backward passes announced by `expect`
         self._fired: dict[Tensor, int] = {}
         self._waiting: dict[Tensor, bool] = {}  # tensor: whether to update it (else its gradient is only summed)
         self._waiting_size = 0
+
+    def expect(self, last: bool) -> None:
+        """Say before a backward pass whether it is the last one before `step()`: where their number varies.
+
+        `accumulation_steps` is set aside; call it before every backward then.
+        """
+        self._expected += 1
+        self.micro_batches = self._expected if last else self._expected + 1
 
     def _register(self) -> None:
         for number, group in enumerate(self.optimizer.param_groups):
@@ -192,6 +204,9 @@ class InBackward:
         engines.drop_grad(host)
 
     def _wait(self, host: Tensor, update: bool) -> None:
+        if (backward := engines.current_backward()) not in (-1, self._backward):
+            self._backward = backward
+            torch.autograd.Variable._execution_engine.queue_callback(self._flush)
         if host not in self._waiting:
             if self._waiting and self._waiting_size + _size(host) > self._largest:
                 self._flush()
@@ -200,6 +215,7 @@ class InBackward:
         if self._waiting_size >= self._largest:
             self._flush()
 
+    @torch.no_grad()
     def _flush(self) -> None:
         """Update (or sum) what waits, and free its gradients."""
         waiting, self._waiting, self._waiting_size = self._waiting, {}, 0
@@ -260,13 +276,10 @@ class InBackward:
         fired = self._fired.get(host, 0)
         return fired < self.micro_batches and (fired > 0 or self.optimizer._sums(host))
 
-    @torch.no_grad()
     def before_saving(self) -> None:
-        """Sum what waits to be summed, so that a state dict has it; say what a state dict cannot have."""
-        sums = [host for host, update in self._waiting.items() if not update]
-        self.optimizer._fold(map(self._place, sums))
-        self._waiting = {host: True for host, update in self._waiting.items() if update}
-        lost = [h for h, fired in self._fired.items() if fired == self.micro_batches or engines.has_grad(h)]
+        """Say what a state dict cannot have."""
+        whole = not self.saves_whole_sums
+        lost = [h for h, n in self._fired.items() if n == self.micro_batches or (whole and engines.has_grad(h))]
         if lost:
             logger.warning(
                 "layerwise: state_dict() between a backward pass and step(): the gradients of %d parameters (such as "

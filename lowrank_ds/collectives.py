@@ -224,3 +224,17 @@ def _collect(started: tuple[list[int], _Run] | None, results: list[Any]) -> None
     if started is not None:
         for i, result in zip(started[0], started[1].finish(), strict=True):
             results[i] = result
+
+
+def mean_scattered(whole: Tensor, group: Any) -> Tensor:
+    """This rank's part (numel / world,) of the mean over the ranks of `whole` (numel,), which is spoiled.
+
+    numel must divide evenly. What a layer-wise engine does with a gradient as soon as the backward has it; it divides
+    before it sums, as DeepSpeed does, so that both round alike.
+    """
+    world, wire = dist.get_world_size(group), _wire(whole.device, group)
+    part = torch.empty(whole.numel() // world, dtype=whole.dtype, device=wire)
+    # torch 2.13 renamed it and warns about the old name.
+    reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+    reduce_scatter(part, whole.div_(world).to(wire), group=group)
+    return part.to(whole.device)

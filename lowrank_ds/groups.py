@@ -33,6 +33,7 @@ class NamedGroups(torch.optim.Optimizer):
     """
 
     OPTIONS: ClassVar[dict[str, Any]] = {}
+    FIXED: ClassVar[dict[str, Any]] = {}  # what groups need to carry and users cannot set
     ALIASES: ClassVar[dict[str, Callable[[Any], tuple[str, Any]]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -57,7 +58,7 @@ class NamedGroups(torch.optim.Optimizer):
                 f"{type(self).__name__}: target_modules and exclude choose by name, but param groups carry their own "
                 "'rank', which chooses already. Give one of the two."
             )
-        defaults = {**self.OPTIONS, **settings}
+        defaults = {**self.FIXED, **self.OPTIONS, **settings}
         if by_group:
             defaults["rank"] = None
         super().__init__(groups, defaults)

@@ -81,7 +81,10 @@ def pieces(job: Job) -> Iterator[Block]:
 
 
 def write_entries(job: Job, update: Tensor, step_size: float, scale: Tensor | None) -> None:
-    """W <- (1 - lr scale wd) W - step_size * update, for entries (numel,), in place."""
+    """W <- (1 - lr scale wd) W - step_size * update, for entries (numel,), in place.
+
+    With `Recipe.decay_last` the update is decayed too.
+    """
     for piece in pieces(job):
         write_piece(job, piece, update[piece.entries], step_size, scale)
 
@@ -90,6 +93,7 @@ def write_piece(job: Job, piece: Block, update: Tensor, step_size: float, scale:
     """The same for the entries of `piece` only; update: theirs, 1-D."""
     stored = piece.of(job.weight)
     weight = stored if stored.dtype in _EXACT else stored.float()
+    step_size = step_size * _keep(job, scale) if job.recipe.decay_last else step_size
     if job.weight_decay:
         weight.mul_(_keep(job, scale))
     weight.sub_(update.view_as(weight), alpha=step_size)

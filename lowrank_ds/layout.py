@@ -160,6 +160,13 @@ class Layout:
         first = (self.rows_axis.window.start + block.rows.start) * n + self.cols_axis.window.start + block.cols.start
         return first, n
 
+    def send_to_all(self, entries: Tensor) -> Steps:
+        """Bring the whole matrix (m, n) to every rank, also to those that hold nothing. entries (numel,)."""
+        others = [j for j in range(self.world) if j != self.rank]
+        sends = {j: entries for j in others} if self.numel else {}
+        answer = yield Exchange(sends, {j: self.count_of(j) for j in others if self.count_of(j)})
+        return self.assemble({**answer, self.rank: entries} if self.numel else answer)
+
     def send_to(self, owner: int, entries: Tensor) -> Steps:
         """Bring the whole matrix to rank `owner`. Answers (m, n) there, None elsewhere."""
         if not self.shared:

@@ -149,6 +149,18 @@ def inverse_root(gram: Tensor) -> tuple[Tensor, Tensor]:
     return vectors.flip(-1), values.flip(-1).clamp_min(0).sqrt()
 
 
+def gram_inverse(rows: Tensor, damping: float = 1e-7) -> tuple[Tensor, float]:
+    """((X X^T + damping t I)^-1 fp32, independence) of rows X (r, n), t the mean squared row norm; in fp64.
+
+    independence: the smallest squared Cholesky pivot over t; about `damping` or less when a row depends on others.
+    """
+    gram = rows.double() @ rows.double().T
+    size = gram.diagonal().mean()
+    damped = gram + damping * size * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    factor = torch.linalg.cholesky(damped)
+    return torch.cholesky_inverse(factor).float(), float(factor.diagonal().min() ** 2 / size)
+
+
 def cholesky_correction(gram: Tensor) -> Tensor:
     """C (r, r) fp32 such that Y C is orthonormal when Y^T Y = gram (r, r) fp64 is near the identity.
 

@@ -1,22 +1,22 @@
-"""The optimizer: where the groups' tensors live, their state, and the step. No mathematics, no collectives."""
+"""The optimizer: the step, and what is summed before it. No mathematics, no collectives."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lowrank_ds import accumulate, engines, options, pipeline
-from lowrank_ds import params as selection
+from lowrank_ds import accumulate, engines, pipeline
+from lowrank_ds.binding import BoundGroups
 from lowrank_ds.collectives import Task, run_all
-from lowrank_ds.groups import NamedGroups, logger
+from lowrank_ds.groups import logger
 from lowrank_ds.job import Job
 from lowrank_ds.linalg import LARGEST_GRADIENT
 from lowrank_ds.recipe import Recipe
-from lowrank_ds.slots import COUNTERS, Slot, bind, deal, due, offset
+from lowrank_ds.slots import Slot, deal, due, offset
 
 if TYPE_CHECKING:
     from lowrank_ds.backward import InBackward
@@ -26,98 +26,40 @@ Place = tuple[dict[str, Any], int]  # a param group and the index of a tensor in
 _BUCKET = 1 << 27  # numbers (fp32) that shared work keeps alive at once
 
 
-class LowRankOptimizer(NamedGroups):
+class LowRankOptimizer(BoundGroups):
     """Base of all algorithms: a subclass declares OPTIONS and maps a param group to a `Recipe` (see `NamedGroups`)."""
 
+    def __init__(self, params: Iterable[Any], *arguments: Any, layerwise: Any = None, **settings: Any) -> None:
+        """See the class.
+
+        Args:
+            layerwise: for a ds_config only, where deepspeed.initialize builds the optimizer (ZeRO-3): true, or a dict
+                of `lowrank_ds.layerwise`'s arguments, has it called on the engine.
+
+        Raises:
+            ValueError: `layerwise` where no ds_config is at work, or of another kind.
+        """
+        asked = engines.wants_layerwise(layerwise)
+        super().__init__(params, *arguments, **settings)
+        if asked is not None:
+            from lowrank_ds import backward  # which is built on this class
+
+            known = engines.name_of(self.param_groups[0]["params"][0]) is not None
+            engines.expect_layerwise(self, known, lambda engine: backward.layerwise(engine, self, **asked))
+
     def _forget(self, projected: set[str]) -> None:
-        """Nothing is bound yet: no slots, no copies, no warnings given."""
+        """Nothing has happened yet: no copies, no warnings given."""
         super()._forget(projected)
-        self._slots: dict[Tensor, list[Slot]] = {}
-        self._bound: dict[Tensor, dict[str, Tensor]] = {}  # the state tensors the slots work on
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._warned: set[str] = set()
         self._loads: dict[Any, dict[int, float]] = {}  # exact SVDs given to each rank in this step
         self._in_backward: InBackward | None = None
-
-    # -- where tensors live, and their state --------------------------------------------------------------------------
-    def init_state(self) -> None:
-        """Create all state now instead of at the first step (the engine must have its final layout)."""
-        for group in self.param_groups:
-            for index, host in enumerate(group["params"]):
-                if host.requires_grad:
-                    self._bind(group, index)
-
-    def _bind(self, group: dict[str, Any], index: int) -> list[Slot]:
-        """The slots of one tensor, made when it is first met and again when its state was replaced."""
-        hosts, names = group["params"], group["param_names"]
-        host = hosts[index]
-        store = self.state[host]
-        if host in self._slots and _same(self._bound[host], store):
-            return self._slots[host]
-        unchanged = len(names) == len(hosts) and self._originals[names[index]]() is host
-        members = [(name, self._originals[name]()) for name in ([names[index]] if unchanged else names)]
-        placements = engines.locate(host, [host] if unchanged else hosts, members, self._shapes)
-        for at in placements:
-            if at.name in self._projected:
-                selection.check_rank(at.name, at.shape, group["rank"], group["matricize"])
-        recipe, alone = self.recipe(group), len(placements) == 1
-        if recipe.accumulation is not None and not engines.frees(host, any(p is host for _, p in members)):
-            raise RuntimeError(
-                f"{placements[0].name if placements else names[index]}: compress_accumulation cannot take gradients "
-                "from this engine, which sums whole ones itself (DeepSpeed ZeRO, FSDP1). Leave it out (DeepSpeed: "
-                "gradient_accumulation_steps in the ds_config), or use FSDP2."
-            )
-        self._slots[host] = [
-            slot
-            for at in placements
-            for slot in bind(host, at, recipe, at.name in self._projected, group["matricize"], alone, store)
-        ]
-        self._bound[host] = dict(store)
-        return self._slots[host]
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load as torch.optim does, but keep the dtype of every state tensor (torch would cast to the parameter's).
-
-        Raises:
-            ValueError: the state was saved by another algorithm, or with options that change its shape or meaning.
-        """
-        groups = [
-            self._loaded_group(i, ours, theirs)
-            for i, (ours, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False))
-        ]
-        rest = state_dict["param_groups"][len(groups) :]
-        super().load_state_dict({**state_dict, "param_groups": [*groups, *rest], "state": {}})
-        ours = [p for group in self.param_groups for p in group["params"]]
-        theirs = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for index, p in zip(theirs, ours, strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
-                counter = name.split("::")[-1] in COUNTERS and torch.as_tensor(value).dim() == 0
-                self.state[p][name] = torch.as_tensor(value).detach().clone().to("cpu" if counter else p.device)
-        self._slots.clear()
-        self._bound.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; between micro-batches it has what was summed in the subspace."""
         if self._in_backward is not None:
             self._in_backward.before_saving()
         return super().state_dict()
-
-    def _loaded_group(self, index: int, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-        """A saved group's hyper-parameters over ours; the tensors, names and shape of the state stay ours."""
-        where = f"{type(self).__name__}, saved param group {index}"
-        unknown = sorted(set(theirs) - set(self.OPTIONS) - options.TOLERATED - set(ours))
-        if unknown:
-            raise ValueError(f"{where}: has {', '.join(unknown)}: it was saved by another optimizer.")
-        for name in ("rank", "proj_type", "subspace", "matricize", "seed"):
-            if name in theirs and theirs[name] != ours[name]:
-                raise ValueError(
-                    f"{where}: {name} is {theirs[name]!r}, but this optimizer was built with {ours[name]!r}. The state "
-                    "only fits the former; build the optimizer with it."
-                )
-        # how state is kept and computed here is this optimizer's own affair, not the saved one's
-        own = ("param_names", "projector_storage", "compile", "compress_accumulation", "accumulation_compression_rank")
-        kept = {k: v for k, v in theirs.items() if k not in own}
-        return {**{k: v for k, v in ours.items() if k != "params"}, **kept}
 
     # -- the step -----------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -152,6 +94,8 @@ class LowRankOptimizer(NamedGroups):
 
         clip: scales the gradients in a list of (slot, group, gradient entries, weight entries), in place.
         """
+        places = list(places)
+        self._fold(place for place in places if self._sketches(*place))
         work = [item for group, index in places for item in self._work(group, index)]
         if not work:
             return False
@@ -223,8 +167,15 @@ class LowRankOptimizer(NamedGroups):
         super().zero_grad(set_to_none)
         if self._in_backward is not None:
             self._in_backward.forget()
+            for group, index in self._places():
+                engines.drop_grad(group["params"][index])
         for slot in (slot for slots in self._slots.values() for slot in slots):
             slot.drop_sums()
+
+    def _sketches(self, group: dict[str, Any], index: int) -> bool:
+        """Whether a last micro-batch must join the random sketch of those before it (an exact sum needs no basis)."""
+        kind = self.recipe(group).accumulation
+        return kind is not None and kind.rank is not None and self._sums(group["params"][index])
 
     def _sums(self, host: Tensor) -> bool:
         """Whether micro-batches of this tensor were summed in the subspace."""
@@ -369,11 +320,6 @@ class LowRankOptimizer(NamedGroups):
 def _folds(slot: Slot, recipe: Recipe) -> bool:
     """Whether the coming step needs no more of this matrix' gradient than its sum in the subspace."""
     return slot.projected and (recipe.accumulation.rank is not None or not due(slot, recipe))
-
-
-def _same(bound: Mapping[str, Tensor], store: Mapping[str, Tensor]) -> bool:
-    """Whether `store` holds the very tensors in `bound`."""
-    return bound.keys() == store.keys() and all(store[key] is tensor for key, tensor in bound.items())
 
 
 def _devices(tensors: Iterable[Tensor]) -> list[torch.device]:

@@ -33,6 +33,8 @@ def update(job: Job, projected: bool) -> Steps:
     """One optimizer step of one matrix, written to `job.weight` in place."""
     if not projected:
         return (yield from plain(job))
+    if job.recipe.correction:
+        return (yield from corrected_gradient(job))
     if job.micro_batches and job.recipe.accumulation.rank is not None:
         yield from _restore(job)
     return (yield from (compressed_momentum(job) if job.recipe.momentum else projected_gradient(job)))
@@ -56,6 +58,10 @@ def _rule_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, S
     rule = recipe.rule
     if not projected:
         return _full_shapes(layout, rule)
+    if recipe.correction:
+        side = correction_side(layout, recipe)
+        array, stored = (Stored(axis, (side.rank,)) for axis in (side.lines_axis, side.basis_axis))
+        return rule.state_shapes(array, side.lines_axis, layout.even(side.rank)) | {"correction": stored}
     side = side_of(layout, recipe)
     coords = Stored(side.lines_axis, (side.rank,))
     if recipe.momentum:
@@ -74,6 +80,11 @@ def side_of(layout: Layout, recipe: Recipe) -> Right | Left | TwoSided:
     """The projection of a matrix."""
     how = recipe.subspace
     return choose(how.proj_type, layout, how.rank, how.replicated)
+
+
+def correction_side(layout: Layout, recipe: Recipe) -> Right:
+    """G C is a projection from the right by a square basis; its result is not carried back."""
+    return Right(layout, layout.shape[1], recipe.correction.replicated)
 
 
 # --- GaLore, Fira, APOLLO --------------------------------------------------------------------------------------------
@@ -268,6 +279,20 @@ def _mixed_square(side, update: Tensor, coords: Tensor, momentum: Tensor, gram: 
     inner = torch.stack([(coords * momentum).sum(1), ((momentum @ gram) * momentum).sum(1)], 1)[side.lines_axis.owned]
     own, mixed, past = yield Sum(torch.stack([update.square().sum(), *inner.sum(0)]))
     return ((1 - beta1) ** 2 * own + 2 * beta1 * (1 - beta1) * mixed + beta1**2 * past).clamp_min(0)
+
+
+# --- LoRA-FA ---------------------------------------------------------------------------------------------------------
+def corrected_gradient(job: Job) -> Steps:
+    """The rule works on G C (`Correction`), row by row: only rows that a cut divides need another rank."""
+    side, rule = correction_side(job.layout, job.recipe), job.recipe.rule
+    stored = {"projector": job.state["correction"]}
+    *answers, peaks = yield (*side.requests(stored), accumulate.ask_peaks(job))
+    live = _live(job, peaks)
+    coords, _ = yield from side.down(job.grad, side.gathered(stored, tuple(answers)), False)
+    direction = where_live(live, rule.update(where_live(live, coords), job.state, live))
+    _, direction = yield from side.spread(None, direction)
+    entries = job.layout.unpad(direction[:, job.layout.cols_axis.window])
+    write_entries(job, entries, job.lr * rule.correction(job.step), None)
 
 
 # --- parameters that are not projected ------------------------------------------------------------------------------

@@ -20,6 +20,16 @@ class Momentum:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """LoRA-FA: the rule works on G C, C = (A A^T)^-1 / s^2 (r x r), which is state and changes only with A or s.
+
+    replicated: every rank that holds entries of the matrix keeps all of C (else a part, gathered at each step).
+    """
+
+    replicated: bool = False
+
+
+@dataclass(frozen=True)
 class Accumulation:
     """Micro-batches are summed in a subspace (`accumulate.py`): the recipe's own, or a random one of this rank.
 
@@ -38,6 +48,8 @@ class Recipe:
         subspace: where the basis comes from; None when nothing is projected.
         residual: what happens to the rest of the gradient.
         momentum: set for Flora: the rule acts on the whole matrix, its momentum is what is compressed.
+        correction: set for LoRA-FA: what counts as projected is not, its gradient is multiplied from the right.
+        decay_last: weight decay multiplies the updated weight, W <- (1 - lr wd) (W - lr U), as in peft's LoRA-FA.
         accumulation: how micro-batches are summed; None: as whole gradients, by the engine.
     """
 
@@ -45,4 +57,6 @@ class Recipe:
     subspace: Subspace | None = None
     residual: Drop | ScaleResidual | ScaleGradient = Drop()
     momentum: Momentum | None = None
+    correction: Correction | None = None
+    decay_last: bool = False
     accumulation: Accumulation | None = None

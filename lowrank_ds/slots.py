@@ -94,9 +94,10 @@ def bind(
             for i, start, layout in at.matrices(count, m, n)
         ]
         for slot in slots:
-            single = alone and len(slots) == 1 and slot.layout.numel == host.numel()
+            here = engines.local(host)  # under ZeRO-3 `host` itself may be gathered now, or empty
+            single = alone and len(slots) == 1 and slot.layout.numel == here.numel()
             slot.prefix = "" if single else f"{slot.name}::"
-            _adopt(slot, recipe, tuple(host.shape) if single else (slot.layout.numel,), store)
+            _adopt(slot, recipe, tuple(here.shape) if single else (slot.layout.numel,), store)
         return slots
     at.check(count, m, n)
     return _bind_stack(host, at, recipe, projected, (count, m, n), store)
@@ -147,7 +148,10 @@ def _adopt(slot: Slot, recipe: Recipe, plain_shape: tuple[int, ...], store: dict
 
 
 def _all_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, Stored]:
-    counters = COUNTERS[:1] if not projected else COUNTERS if recipe.accumulation else COUNTERS[:-1]
+    if not projected or recipe.subspace is None:
+        counters = COUNTERS[:1]
+    else:
+        counters = COUNTERS if recipe.accumulation else COUNTERS[:-1]
     return {**pipeline.state_shapes(layout, recipe, projected), **dict.fromkeys(counters, SCALAR)}
 
 
@@ -162,7 +166,7 @@ def _fresh(name: str, shape: tuple[int, ...], device: torch.device | str) -> Ten
 
 def due(slot: Slot, recipe: Recipe) -> bool:
     """Whether a new basis is due: at the first step, then every T steps (Flora: when step % kappa == 0)."""
-    if not slot.projected:
+    if not slot.projected or recipe.subspace is None:
         return False
     if slot.refreshes == 0:
         return True

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 import lowrank_ds
 from tests.cluster import batches, quiet_deepspeed, tiny_llama
@@ -138,16 +139,21 @@ def check_engine(engine: str, run: Any, world: int) -> None:
         assert wrapped.zero_optimization_stage() == int(engine[-1])
 
 
-def straight_and_resumed(rank: int, world: int, folder: str, engine: str) -> tuple[dict, dict, list[dict]]:
-    """(weights after STEPS steps, the same after HALF steps, a checkpoint and a new process' resume, the log)."""
+def straight_and_resumed(
+    rank: int, world: int, folder: str, engine: str, build: Callable[..., Any] = trainer, **more: Any
+) -> tuple[dict, dict, list[dict]]:
+    """(weights after STEPS steps, the same after HALF steps, a checkpoint and a new process' resume, the log).
+
+    build: makes the Trainer from arguments and, the second time, another model. more: TrainingArguments.
+    """
     place = Path(folder) / engine
-    saving = {"save_strategy": "steps", "save_steps": HALF}
-    straight = trainer(engine_arguments(engine, place, world, **saving))
+    more |= {"save_strategy": "steps", "save_steps": HALF}
+    straight = build(engine_arguments(engine, place, world, **more))
     straight.train()
     check_engine(engine, straight, world)
     expected, log = weights(straight.model), straight.state.log_history
     del straight
-    resumed = trainer(engine_arguments(engine, place, world, **saving), tiny_llama(seed=9))
+    resumed = build(engine_arguments(engine, place, world, **more), tiny_llama(seed=9))
     resumed.train(resume_from_checkpoint=str(place / f"checkpoint-{HALF}"))
     check_engine(engine, resumed, world)
     return expected, weights(resumed.model), log
@@ -242,7 +248,7 @@ def by_hand(named: bool = True, rate: Callable[[int], float] = cosine, **options
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for batch in batches(STEPS):
         model(input_ids=batch, labels=batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

@@ -29,7 +29,7 @@ from launch.data import BlockOrder, LocalBatches, cut_blocks, read_documents
 from launch.engines import DdpTrainer, Fsdp1Trainer, Fsdp2Trainer, TorchTrainer, hybrid_mesh
 from launch.model import read_config
 from launch.optimizers import torch_optimizer
-from launch.options import BatchPlan, parse
+from launch.options import BatchPlan, load_ds_config, parse
 from launch.processes import Processes
 from tests.cluster import launch, quiet_deepspeed, tiny_llama
 from tests.training import largest_difference
@@ -57,14 +57,15 @@ def shell(*command: object, **variables: str) -> str:
 
 
 def pretrain(corpus: Path, output: Path, *arguments: object, processes: int = 1) -> dict:
-    """summary.json of a short pretrain.py run."""
-    shell(
+    """summary.json of a short pretrain.py run; what it printed is in output/printed."""
+    printed = shell(
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes,
         "launch/pretrain.py", "--model", "ds_configs/models/llama_tiny.json", "--tokenizer", corpus / "tokenizer",
         "--train-data", corpus / "train.jsonl", "--valid-data", corpus / "valid.jsonl", "--cache-dir", corpus / "cache",
         "--seq-len", 64, "--batch-size", 4, "--steps", 3, "--eval-tokens", 2048, "--log-every", 1, "--dtype", "fp32",
         "--output", output, *arguments,
     )  # fmt: skip
+    (output / "printed").write_text(printed)
     return json.loads((output / "summary.json").read_text())
 
 
@@ -125,6 +126,9 @@ def test_text_formats_give_the_same_documents(tmp_path: Path) -> None:
         cut_blocks(np.arange(3), 8, "--train-data")
 
 
+LAYERWISE = ["--optimizer", "X", "--layerwise"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -139,6 +143,12 @@ def test_text_formats_give_the_same_documents(tmp_path: Path) -> None:
             "--hsdp-shard is for --engine hsdp, not fsdp2",
         ),
         (["--engine", "fsdp3", "--optimizer", "X"], "invalid choice: 'fsdp3'"),
+        (["--optimizer", "X", "--clip", "previous"], "--clip previous is for --layerwise"),
+        (["--optimizer", "X", "--compress-accumulation"], "compress_accumulation (micro-batches are summed in the"),
+        ([*LAYERWISE, "--gradient-clipping", "1"], "--gradient-clipping 1.0 with --layerwise needs --clip, one of two"),
+        ([*LAYERWISE, "--clip", "two_pass"], "--clip two_pass needs --gradient-clipping, the largest norm"),
+        ([*LAYERWISE, "--engine", "fsdp1"], "FSDP1 fires no hook with the reduced gradient; use --engine fsdp2"),
+        (["--layerwise", "--deepspeed_config", "z", "--gradient-clipping", "1"], "DeepSpeed clips before gradients"),
     ],
 )
 def test_pretrain_flags_are_checked(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
@@ -217,7 +227,7 @@ def accepted(rank: int, world: int) -> dict[str, str]:
         engine.backward(engine(input_ids=batch, labels=batch).loss)
         engine.step()
         state = [key for s in engine.basic_optimizer.state.values() for key in s]
-        projects = any(key.endswith(("projector", "::refreshes")) for key in state)
+        projects = any(key.endswith(("projector", "refreshes")) for key in state)
         found[name] = type(engine.basic_optimizer).__name__ + (" projecting" if projects else "")
         engine.destroy()
     return found
@@ -232,7 +242,7 @@ def test_every_ds_config_is_accepted_and_projects() -> None:
     """Plain DeepSpeed takes each file as it is (pinned memory apart, on CPU) and trains projected."""
     names = {"fira": "FiraAdamW", "galore": "GaLoreAdamW", "apollo": "ApolloAdamW", "flora": "Flora"}
     found = launch(2, accepted)[0]
-    assert len(DS_CONFIGS) == 17
+    assert len(DS_CONFIGS) == 21
     for name in DS_CONFIGS:
         kind = name.removesuffix(".json").split("_")[-1]
         assert found[name] == ("AdamW" if kind == "adamw" else f"{names[kind]} projecting"), name
@@ -244,7 +254,7 @@ RUNS = {  # name: (processes, flags beside FIRA's); where --micro-batch is small
     "plain": (1, {}),
     "ddp": (2, {"activation-checkpointing": True, "micro-batch": 1}),
     "zero2": (2, {"deepspeed_config": "ds_configs/zero2_fira.json", "micro-batch": 1}),
-    "zero3": (2, {"deepspeed_config": "ds_configs/zero3_fira.json", "micro-batch": 2}),
+    "zero3": (2, {"deepspeed_config": "zero3.json", "micro-batch": 2}),  # with DeepSpeed's activation checkpointing
     "fsdp2": (2, {"engine": "fsdp2", "activation-checkpointing": True, "micro-batch": 1}),
     "fsdp1": (2, {"engine": "fsdp1", "micro-batch": 1}),
     "hsdp": (4, {"engine": "hsdp", "hsdp-shard": 2}),
@@ -256,7 +266,11 @@ DCP_RUNS = ("plain", "ddp", "fsdp2", "hsdp")
 def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of one short run a row of RUNS, each from a YAML file."""
     folder = tmp_path_factory.mktemp("runs")
+    config = json.loads((ROOT / "ds_configs" / "zero3_fira.json").read_text())
+    (folder / "zero3.json").write_text(json.dumps({**config, "activation_checkpointing": {"profile": True}}))
     for name, (processes, flags) in RUNS.items():
+        if flags.get("deepspeed_config") == "zero3.json":
+            flags = {**flags, "deepspeed_config": str(folder / "zero3.json")}
         optimizer = {} if "deepspeed_config" in flags else {"optimizer": "FiraAdamW"}
         (folder / f"{name}.yaml").write_text(json.dumps({**FIRA, **optimizer, **flags}))
         pretrain(corpus, folder / name, "--config", folder / f"{name}.yaml", processes=processes)
@@ -286,6 +300,59 @@ def test_engines_end_in_the_same_place(runs: Path, capsys: pytest.CaptureFixture
     with capsys.disabled():
         print("\npretrain.py, weights against one process:", {n: f"{d:.1e}" for n, d in differences.items()})
     assert all(difference <= 1e-5 for difference in differences.values()), differences
+
+
+def test_the_activation_checkpointing_section_is_applied(runs: Path) -> None:
+    """Its `profile` has DeepSpeed print the time of every recomputed layer (the weights are compared above)."""
+    assert "| fwd: " in (runs / "zero3" / "printed").read_text()
+    assert "| fwd: " not in (runs / "zero2" / "printed").read_text()
+
+
+def layerwise_and_not(rank: int, world: int) -> list[float]:
+    """Largest difference of weights after three steps with and without `layerwise`, under FSDP2 and in (world, 1)."""
+    processes, found = Processes(rank, world, rank, torch.device("cpu")), []
+    batches = [[tiny_batch()[rank : rank + 1], tiny_batch()[1 - rank : 2 - rank, :9]] for _ in range(3)]
+
+    def weights(mesh: object, algorithm: str, options: dict, clip: float, layerwise: dict | None) -> dict:
+        build = lambda model, ends: torch_optimizer(algorithm, model, {"lr": 1e-2, "rank": 8, **options}, None, ends)
+        parts = tiny_llama(), build, lambda step: 1.0, clip, processes, layerwise
+        trainer = Fsdp2Trainer(*parts, mesh=mesh, bf16=False)
+        for micro_batches in batches:
+            trainer.train_step(micro_batches)
+        whole = {name: p.full_tensor().clone() for name, p in trainer.module.named_parameters()}
+        if layerwise and "clip" not in layerwise:  # all is done in the backward: each micro-batch is reduced in it
+            trainer.backward(batches[0])
+            assert all(p.grad is None for p in trainer.module.parameters())
+        return whole
+
+    shared, copies = init_device_mesh("cpu", (world,)), init_device_mesh("cpu", (world, 1), mesh_dim_names=("r", "s"))
+    clipped = {"accumulation_steps": 2, "clip": "two_pass", "max_grad_norm": 0.1}
+    compressed = {"accumulation_steps": 2}
+    sums = {"compress_accumulation": True, "update_proj_gap": 2}
+    for mesh in (shared, copies):
+        pair = weights(mesh, "FiraAdamW", {}, 0.1, None), weights(mesh, "FiraAdamW", {}, 0.0, clipped)
+        found.append(largest_difference(*pair))
+    usual = weights(shared, "GaLoreAdamW", {"update_proj_gap": 2}, 0.0, None)
+    found.append(largest_difference(usual, weights(shared, "GaLoreAdamW", sums, 0.0, compressed)))
+    return found
+
+
+def test_layerwise_changes_nothing(runs: Path, corpus: Path) -> None:
+    """--layerwise with accumulation and the exact norm: the weights of the ordinary run, from the command line too."""
+    flags = {**FIRA, "optimizer": "FiraAdamW", "layerwise": True, "clip": "two_pass", "micro-batch": 1}
+    (runs / "layerwise.yaml").write_text(json.dumps(flags))
+    found = pretrain(corpus, runs / "layerwise", "--config", runs / "layerwise.yaml")
+    assert found["layerwise"] and found["engine"] == "plain" and not summary(runs / "plain")["layerwise"]
+    assert largest_difference(saved_weights(runs / "layerwise"), saved_weights(runs / "plain")) <= 1e-5
+    differences = launch(2, layerwise_and_not)[0]
+    assert all(difference <= 1e-5 for difference in differences), differences
+
+
+def test_layerwise_reaches_the_ds_config() -> None:
+    """--layerwise is an option of the optimizer there."""
+    given = [f"--{key}={value}" for key, value in REQUIRED.items()]
+    args = parse([*given, "--layerwise", "--deepspeed_config", str(ROOT / "ds_configs/zero3_fira.json")])
+    assert load_ds_config(args)["optimizer"]["params"]["layerwise"] is True
 
 
 def test_sharded_engines_share_the_state(runs: Path) -> None:

@@ -5,6 +5,7 @@ An engine never guesses from a tensor's shape: it reads the engine's own records
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,11 +14,14 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from lowrank_ds.engines import deepspeed, fsdp1, plain
+from lowrank_ds.engines import deepspeed, fsdp1, plain, zero3
 from lowrank_ds.engines.accelerate import refuse_replacement
-from lowrank_ds.engines.deepspeed import allow, name_of
+from lowrank_ds.engines.deepspeed import allow, model, name_of
 from lowrank_ds.engines.fsdp1 import check, record
 from lowrank_ds.engines.placement import Placement
+from lowrank_ds.engines.zero3 import expect as expect_layerwise
+from lowrank_ds.engines.zero3 import wants as wants_layerwise
+from lowrank_ds.layout import Layout
 
 __all__ = [
     "BEFORE_REDUCTION",
@@ -29,7 +33,9 @@ __all__ = [
     "before_reduction",
     "check",
     "check_averaged",
+    "current_backward",
     "drop_grad",
+    "expect_layerwise",
     "frees",
     "full_shape",
     "has_grad",
@@ -37,11 +43,15 @@ __all__ = [
     "local",
     "local_grad",
     "locate",
+    "model",
     "name_of",
     "on_gradient",
+    "part",
     "record",
     "refuse_replacement",
     "sharers",
+    "wants_layerwise",
+    "version",
 ]
 
 
@@ -58,11 +68,15 @@ BEFORE_REDUCTION = (
 )
 
 
+def current_backward() -> int:
+    """A number for the backward pass we are in, -1 outside of any."""
+    return getattr(torch._C, "_current_graph_task_id", lambda: -1)()
+
+
 def before_reduction(whole: Iterable[Tensor]) -> bool:
     """Whether this is a step inside the backward of a job of several processes, on plain tensors held `whole`."""
-    inside = getattr(torch._C, "_current_graph_task_id", lambda: -1)() != -1
-    several = inside and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    return several and any(not is_dtensor(tensor) for tensor in whole)
+    several = current_backward() != -1 and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    return several and any(not is_dtensor(tensor) and not zero3.is_host(tensor) for tensor in whole)
 
 
 NOT_REDUCED = (
@@ -73,12 +87,15 @@ NOT_REDUCED = (
 )
 
 
-def attach(model: Any, optimizer: Any) -> None:
-    """Prepare a model for updates inside the backward.
+def attach(model: Any, optimizer: Any, accumulation_steps: int) -> int:
+    """Prepare a model for updates inside the backward. Answers how many micro-batches make a step.
 
     Raises:
-        RuntimeError: an engine under which that is wrong or saves nothing: DDP, FSDP1.
+        RuntimeError: an engine under which that is wrong or saves nothing: DDP, FSDP1, ZeRO-1/2; or settings of
+            ZeRO-3 that cannot be honoured.
     """
+    if hasattr(model, "zero_optimization_stage") or any(map(deepspeed.is_partitioned, model.parameters())):
+        return zero3.attach(model, optimizer, accumulation_steps)
     for part in model.modules():
         kind = type(part).__name__
         if isinstance(part, torch.nn.parallel.DistributedDataParallel):
@@ -92,20 +109,23 @@ def attach(model: Any, optimizer: Any) -> None:
                 "layerwise: the model is wrapped in FSDP1, which fires no hook with the reduced gradient. Use FSDP2: "
                 "torch.distributed.fsdp.fully_shard."
             )
+    return accumulation_steps
 
 
 def on_gradient(host: Tensor, callback: Callable[[Tensor], None]) -> Any:
     """Call `callback(host)` whenever a backward has completed the gradient of `host`. Answers a removable handle."""
-    return host.register_post_accumulate_grad_hook(callback)
+    return (zero3.on_gradient if zero3.is_host(host) else plain.on_gradient)(host, callback)
 
 
 def has_grad(host: Tensor) -> bool:
     """Whether there is a gradient for `host`."""
-    return host.grad is not None
+    return zero3.has_grad(host) if zero3.is_host(host) else host.grad is not None
 
 
 def drop_grad(host: Tensor) -> None:
     """Free the gradient of `host`."""
+    if zero3.is_host(host):
+        zero3.drop_grad(host)
     host.grad = None
 
 
@@ -139,6 +159,8 @@ class Sharers(NamedTuple):
 
 def sharers(host: Tensor) -> Sharers:
     """Who shares the entries of `host` (a tensor `on_gradient` works for)."""
+    if zero3.is_host(host):
+        return Sharers(host.ds_process_group)
     if not is_dtensor(host):
         return Sharers(None)
     from lowrank_ds.engines import dtensor
@@ -162,6 +184,8 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The plain tensor with this rank's entries."""
+    if zero3.is_host(tensor):
+        return zero3.local(tensor)
     if not is_dtensor(tensor):
         return tensor
     from lowrank_ds.engines import dtensor
@@ -171,6 +195,8 @@ def local(tensor: Tensor) -> Tensor:
 
 def local_grad(host: Tensor) -> Tensor:
     """The plain tensor with this rank's entries of the gradient."""
+    if zero3.is_host(host):
+        return zero3.local_grad(host)
     if not is_dtensor(host):
         return host.grad
     from lowrank_ds.engines import dtensor
@@ -201,8 +227,26 @@ def locate(
         own = name if shapes[name] == tuple(host.shape) else None
     if own is None:
         return deepspeed.locate(host, members)
+    if zero3.is_host(host):
+        return zero3.locate(host, own)
     if not is_dtensor(host):
         return fsdp1.locate(host, own) if fsdp1.is_flattened(host) else plain.locate(host, own)
     from lowrank_ds.engines import dtensor
 
     return dtensor.locate(host, own)
+
+
+def part(name: str, param: Tensor) -> tuple[Layout, Tensor]:
+    """(layout, entries held here (numel,)) of a frozen parameter, as a matrix (d0, rest).
+
+    Raises:
+        RuntimeError: an engine keeps the parameter where it cannot be read, naming it.
+    """
+    shape = full_shape(param)
+    (at,) = locate(param, [param], [(name, param)], {name: shape})
+    return at.layout(shape[0], math.prod(shape[1:])), local(param).detach().reshape(-1)
+
+
+def version(param: Tensor) -> int:
+    """How often what is held here of a frozen parameter was changed in place."""
+    return zero3.version(param) if zero3.is_host(param) else local(param)._version

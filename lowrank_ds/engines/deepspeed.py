@@ -44,6 +44,21 @@ def name_of(param: Tensor) -> str | None:
     return None if name == "unknown" else name
 
 
+def model() -> Any:
+    """The model whose optimizer `deepspeed.initialize` is building (or built last); None if there is none.
+
+    It recorded the names of all modules, the model itself first. (`WeakIdNameMap` knows its keys by id only, and keeps
+    them in its finalizers.)
+    """
+    debug = sys.modules.get("deepspeed.utils.debug")
+    known = getattr(debug, "module_names", {})
+    if isinstance(known, dict):
+        return next(iter(known), None)
+    first = next(iter(known._finalizers.values()), None)
+    entry = None if first is None else first.peek()
+    return None if entry is None else entry[0]
+
+
 def allow(cls: type) -> None:
     """Make ZeRO accept `cls` without `zero_allow_untested_optimizer` (called when an optimizer is built)."""
     utils = sys.modules.get("deepspeed.runtime.zero.utils")

@@ -19,13 +19,18 @@ from torch import nn
 from lowrank_ds import options as option_checks
 from lowrank_ds import params as selection
 from lowrank_ds.algorithms import ALGORITHMS
+from lowrank_ds.engines.trainer import LayerwiseOption
+from lowrank_ds.lora_fa import LoRAFA, lorafa_groups
 from lowrank_ds.optimizer import LowRankOptimizer
 
 logger = logging.getLogger("lowrank_ds")
 
 
 def for_trainer(
-    algorithm: str | type[LowRankOptimizer], args: Any = None, **options: Any
+    algorithm: str | type[LowRankOptimizer],
+    args: Any = None,
+    layerwise: bool | Mapping[str, Any] = False,
+    **options: Any,
 ) -> tuple[TrainerFactory, dict[str, Any]]:
     """What `Trainer(optimizer_cls_and_kwargs=...)` takes: `algorithm` on three groups (four if a norm is a matrix).
 
@@ -39,15 +44,25 @@ def for_trainer(
             eps (adam_epsilon): the algorithms' default 1e-6 is the published packages', added to the uncorrected
             sqrt(v). They are read when Trainer builds the optimizer, so a hyper-parameter search works. Default None:
             the algorithm's own defaults.
+        layerwise: update each parameter inside the backward and free its gradient (`lowrank_ds.layerwise`, which is
+            called for you): on one process and under FSDP2. True needs max_grad_norm=0 in `args`. {"clip": "previous"}
+            or {"clip": "per_tensor"} clips to args.max_grad_norm, which is set to 0 when training begins, so that
+            Trainer does not clip too. Default False.
         **options: the algorithm's options; `rank=None` trains without projection.
 
     Raises:
         ValueError: an unknown algorithm or option, a value out of range, a relative step, no learning rate, or
-            optim_args / optim_target_modules in `args` (Trainer reads them for its own GaLore and APOLLO only).
-        TypeError: `args` is not a TrainingArguments.
+            optim_args / optim_target_modules in `args` (Trainer reads them for its own GaLore and APOLLO only);
+            layerwise with gradient clipping by Trainer, fp16, auto_find_batch_size or DeepSpeed, or sums in the
+            subspace without layerwise.
+        TypeError: `args` is not a TrainingArguments, or `layerwise` neither a bool nor a dict.
     """
     factory = TrainerFactory(_class_of(algorithm), args)
     factory.settings(options)
+    if layerwise is not False:
+        factory = dataclasses.replace(factory, layerwise=LayerwiseOption(args, layerwise))
+    elif any(options.get(name) for name in ("compress_accumulation", "accumulation_compression_rank")):
+        raise ValueError("for_trainer: Trainer only sums micro-batches in the subspace with layerwise=True.")
     return factory, options
 
 
@@ -57,6 +72,7 @@ class TrainerFactory:
 
     algorithm: type[LowRankOptimizer]
     args: Any = None
+    layerwise: LayerwiseOption | None = None
 
     def __call__(self) -> Any:
         """The function that Trainer calls with the model."""
@@ -86,25 +102,32 @@ class TrainerFactory:
 
         Raises:
             ValueError: a pattern matches nothing, nothing is left to project, or a rank is too large.
+            RuntimeError: layerwise under an engine that cannot do it.
         """
         settings = {**self.algorithm.OPTIONS, **self.settings(options)}
-        rank, targets, exclude = (settings.pop(key) for key in ("rank", "target_modules", "exclude"))
         decay = settings.pop("weight_decay")
-        if rank is None and (targets or exclude):
-            name = self.algorithm.__name__
+        groups = lorafa_groups(model) if self.algorithm is LoRAFA else self._groups(model, settings)
+        optimizer = self.algorithm(_by_decay(groups, _decayed(model), decay), **settings)
+        if self.layerwise is not None:
+            self.layerwise.arrange(model, optimizer)
+        return optimizer
+
+    def _groups(self, model: nn.Module, settings: dict[str, Any]) -> list[dict[str, Any]]:
+        """The param groups by name; takes what chooses them out of `settings`."""
+        name = self.algorithm.__name__
+        rank, targets, exclude = (settings.pop(key) for key in ("rank", "target_modules", "exclude"))
+        if rank is not None:
+            return _projected_and_plain(name, model, rank, targets, exclude)
+        if targets or exclude:
             raise ValueError(f"{name}: rank=None projects nothing, but target_modules or exclude is given.")
-        if rank is None:
-            settings["rank"] = None
-            groups = [_everything(model)]
-        else:
-            groups = _projected_and_plain(self.algorithm.__name__, model, rank, targets, exclude)
-        return self.algorithm(_by_decay(groups, _decayed(model), decay), **settings)
+        settings["rank"] = None
+        return [_everything(model)]
 
 
 def _class_of(algorithm: str | type[LowRankOptimizer]) -> type[LowRankOptimizer]:
     if isinstance(algorithm, type) and issubclass(algorithm, LowRankOptimizer):
         return algorithm
-    known = {cls.__name__: cls for cls in ALGORITHMS}
+    known = {cls.__name__: cls for cls in (*ALGORITHMS, LoRAFA)}
     if algorithm not in known:
         near = difflib.get_close_matches(str(algorithm), known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else "."

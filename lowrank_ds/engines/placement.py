@@ -27,6 +27,10 @@ class Placement:
     offset: int
     none_is_zero: bool = False
 
+    def layout(self, m: int, n: int) -> Layout:
+        """How the ranks share the parameter as one m x n matrix."""
+        return Flat((m, n), self.cuts, self.rank, self.group)
+
     def matrices(self, count: int, m: int, n: int) -> Iterator[tuple[int, int, Layout]]:
         """(index, where its entries start in the tensor, layout) of each of `count` m x n matrices.
 
