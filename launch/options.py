@@ -227,8 +227,10 @@ def load_ds_config(args: argparse.Namespace) -> dict:
     if "type" not in config.get("optimizer", {}):
         raise SystemExit(f'{path}: needs an "optimizer" section with a "type", e.g. FiraAdamW')
     config["optimizer"].setdefault("params", {}).update(optimizer_overrides(args))
-    if args.layerwise:
-        config["optimizer"]["params"]["layerwise"] = True  # lowrank_ds arranges it inside deepspeed.initialize
+    params = config["optimizer"]["params"]
+    if args.layerwise and not params.get("layerwise"):  # the file may give clip and max_grad_norm
+        params["layerwise"] = True  # lowrank_ds arranges it inside deepspeed.initialize
+    args.layerwise = bool(params.get("layerwise"))
     if args.gradient_clipping is not None:
         config["gradient_clipping"] = args.gradient_clipping
     # DeepSpeed's own default is 1.0 since 0.19: say what is meant.

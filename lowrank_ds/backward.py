@@ -9,6 +9,7 @@ the same order.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -123,7 +124,7 @@ class InBackward:
         return None if self.clip is None else self.clip.norm
 
     def remove(self) -> None:
-        """Go back to updates in `step()`."""
+        """Go back to updates in `step()` (not under ZeRO-3, where all that can follow is another `layerwise()`)."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -135,6 +136,8 @@ class InBackward:
         self._fired: dict[Tensor, int] = {}
         self._waiting: dict[Tensor, bool] = {}  # tensor: whether to update it (else its gradient is only summed)
         self._waiting_size = 0
+        if self.clip is not None:
+            self.clip.restart()
 
     def expect(self, last: bool) -> None:
         """Say before a backward pass whether it is the last one before `step()`: where their number varies.
@@ -145,11 +148,18 @@ class InBackward:
         self.micro_batches = self._expected if last else self._expected + 1
 
     def _register(self) -> None:
+        arrived = weakref.WeakMethod(self._arrived)  # Python's collector does not see hooks: a cycle would never go
+
+        def on_arrival(host: Tensor) -> None:
+            callback = arrived()
+            if callback is not None:  # else the optimizer is gone: an ordinary gradient
+                callback(host)
+
         for number, group in enumerate(self.optimizer.param_groups):
             for index, host in enumerate(group["params"]):
                 if host.requires_grad:
                     self._indices[host] = number, index
-                    self._handles.append(engines.on_gradient(host, self._arrived))
+                    self._handles.append(engines.on_gradient(host, on_arrival))
 
     def _place(self, host: Tensor) -> Place:
         number, index = self._indices[host]
@@ -183,6 +193,11 @@ class InBackward:
             )
         if engines.before_reduction([] if self._is_reduced(host) else [host]):
             raise RuntimeError(engines.NOT_REDUCED.format(name=self._name(host)))
+        if not engines.has_grad(host):
+            raise RuntimeError(
+                f"layerwise: the gradient of {self._name(host)} was taken away before its update, by a hook of its own "
+                "or by layerwise() of another optimizer that has the same parameter. Leave one of them out."
+            )
         if self._measures:
             if fired == self.micro_batches:
                 self._measure(host)
@@ -304,6 +319,13 @@ class InBackward:
                 "Was fully_shard (or another wrapper) applied after layerwise()? It replaces the parameters: call "
                 "layerwise() afterwards."
             )
+        if not self._fired and self.clip is not None and self.clip.measured:
+            raise RuntimeError(
+                'layerwise: clip="two_pass" has measured the gradients, but no backward pass came after measuring(): '
+                "nothing was updated. Run the same forward and backward passes again before step()."
+            )
+        if not self._fired and not any(map(self.optimizer._sums, self._indices)):
+            self.optimizer._warn_once("no gradient", "step() found no gradient on any parameter: nothing was updated.")
 
     def _name(self, host: Tensor) -> str:
         group, index = self._place(host)

@@ -26,6 +26,15 @@ class Clip:
         self.factor: Tensor | float | None = None
         self._squares: dict[Any, Tensor] = {}  # by the group of ranks that share the entries
 
+    @property
+    def measured(self) -> bool:
+        """Whether a measuring pass is over whose step has not come yet."""
+        return self.two_passes and self.factor is not None
+
+    def restart(self) -> None:
+        """Forget what was measured of a step that was given up."""
+        self._squares.clear()
+
     def measure(self, host: Tensor) -> None:
         """Take the gradient of a tensor into the norm."""
         grad = engines.local_grad(host)
@@ -91,7 +100,9 @@ class Previous(Clip):
         super().scale(work)
 
     def conclude_step(self) -> None:
-        """Remember this step's norm (one read from the device); a norm that is not finite is not remembered."""
+        """Remember this step's norm (one read from the device), unless it is not finite or nothing had a gradient."""
+        if not self._squares:
+            return
         norm = float(self.total())
         if norm < linalg.LARGEST_GRADIENT:
             for group in self.optimizer.param_groups:

@@ -95,6 +95,7 @@ class LowRankOptimizer(BoundGroups):
         clip: scales the gradients in a list of (slot, group, gradient entries, weight entries), in place.
         """
         places = list(places)
+        self._copies.clear()  # of an update that raised: written back now they would undo what came since
         self._fold(place for place in places if self._sketches(*place))
         work = [item for group, index in places for item in self._work(group, index)]
         if not work:

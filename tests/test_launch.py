@@ -348,11 +348,17 @@ def test_layerwise_changes_nothing(runs: Path, corpus: Path) -> None:
     assert all(difference <= 1e-5 for difference in differences), differences
 
 
-def test_layerwise_reaches_the_ds_config() -> None:
+def test_layerwise_reaches_the_ds_config(tmp_path: Path) -> None:
     """--layerwise is an option of the optimizer there."""
     given = [f"--{key}={value}" for key, value in REQUIRED.items()]
     args = parse([*given, "--layerwise", "--deepspeed_config", str(ROOT / "ds_configs/zero3_fira.json")])
     assert load_ds_config(args)["optimizer"]["params"]["layerwise"] is True
+    file, clip = tmp_path / "clip.json", {"clip": "per_tensor", "max_grad_norm": 1.0}
+    file.write_text(json.dumps({"optimizer": {"type": "FiraAdamW", "params": {"layerwise": clip}}}))
+    for flag in ([], ["--layerwise"]):  # the flag does not take the file's clipping away; summary.json says what is on
+        args = parse([*given, *flag, "--deepspeed_config", str(file)])
+        assert load_ds_config(args)["optimizer"]["params"]["layerwise"] == clip
+        assert args.layerwise is True
 
 
 def test_sharded_engines_share_the_state(runs: Path) -> None:

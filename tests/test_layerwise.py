@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from typing import Any
 
 import pytest
@@ -584,7 +586,62 @@ def test_wrong_use() -> None:
     optimizer.zero_grad()
     with pytest.raises(RuntimeError, match="closure"):
         layer(x).sum().backward()
+    optimizer.zero_grad()
+    with two.measuring():
+        layer(x).sum().backward()
+    with pytest.raises(RuntimeError, match="no backward pass came after measuring"):
+        optimizer.step()
     two.remove()
+
+
+def test_a_parameter_of_two_optimizers_is_not_left_out() -> None:
+    """The first hook frees the gradient: the second optimizer would train nothing, without a word."""
+    layer = torch.nn.Linear(4, 4)
+    for _ in range(2):
+        lowrank_ds.layerwise(layer, lowrank_ds.Lomo(layer.named_parameters()))
+    with pytest.raises(RuntimeError, match="was taken away before its update"):
+        layer(torch.randn(3, 4)).sum().backward()
+
+
+def test_a_step_that_was_given_up_leaves_no_norm(caplog: pytest.LogCaptureFixture) -> None:
+    """Norms are of one step: not of a backward before zero_grad(), nor of a measuring pass that broke off."""
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    for clip in ("previous", "two_pass"):
+        layer = torch.nn.Linear(4, 4)
+        optimizer = lowrank_ds.Lomo(layer.named_parameters(), lr=0.0)
+        handle = lowrank_ds.layerwise(layer, optimizer, clip=clip, max_grad_norm=1e3)
+        grads = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+        expected = torch.stack([g.norm() for g in grads]).norm()
+        if clip == "previous":
+            layer(x).square().sum().backward()
+            optimizer.zero_grad()
+            layer(x).square().sum().backward()
+            optimizer.step()
+            optimizer.step()  # nothing to do: the norm of the last real step stays
+            assert "found no gradient" in caplog.text
+            assert optimizer.param_groups[0]["previous_grad_norm"] == float(handle.norm)
+        else:
+            with pytest.raises(ZeroDivisionError), handle.measuring():
+                layer(x).square().sum().backward()
+                raise ZeroDivisionError
+            with handle.measuring():
+                layer(x).square().sum().backward()
+        torch.testing.assert_close(handle.norm, expected)
+
+
+def test_nothing_is_kept_alive() -> None:
+    """Model, optimizer and state go with their last reference; without the optimizer gradients are ordinary ones."""
+    layer = torch.nn.Linear(4, 4)
+    optimizer = lowrank_ds.GaLoreAdamW(layer.named_parameters(), rank=2)
+    handle = lowrank_ds.layerwise(layer, optimizer)
+    layer(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    gone = [weakref.ref(thing) for thing in (optimizer, handle, optimizer.state[layer.weight]["exp_avg"])]
+    del optimizer, handle
+    gc.collect()
+    assert [thing() for thing in gone] == [None] * 3
+    layer(torch.randn(3, 4)).sum().backward()
+    assert layer.weight.grad is not None
 
 
 @pytest.mark.parametrize("algorithm", ["FiraAdamW", "ApolloAdamW"])

@@ -287,6 +287,26 @@ def resume(rank: int, world: int, folder: str) -> dict[str, bool]:
     return same
 
 
+def taken_off(rank: int, world: int) -> dict[str, Any]:
+    """handle.remove(), layerwise() again with a clip, and what destroy() leaves on the parameters."""
+    found: dict[str, Any] = {}
+    engine = training.zero_engine("lomo", 3, world, **copy.deepcopy(ASKED))
+    training.train_engine(engine, rank, world, 1)
+    engine.optimizer.layerwise.remove()
+    try:
+        training.train_engine(engine, rank, world, 1)
+    except RuntimeError as error:
+        found["message"] = str(error)
+    engine.module.zero_grad()
+    layerwise(engine, engine.basic_optimizer, **PER_TENSOR)
+    before = training.weights_of(engine.module)
+    training.train_engine(engine, rank, world, 1)
+    found["moved"] = distance(before, training.weights_of(engine.module))
+    host = next(engine.module.parameters())
+    engine.destroy()
+    return {**found, "hooks": len(host._post_accumulate_grad_hooks)}
+
+
 def run_the_rest(rank: int, world: int, folder: str) -> dict[str, Any]:
     """Everything else that needs two ranks."""
     quiet_deepspeed()
@@ -297,6 +317,7 @@ def run_the_rest(rank: int, world: int, folder: str) -> dict[str, Any]:
         "bf16": bf16(rank, world),
         "fp32 sums": fp32_sums(rank, world),
         "resume": resume(rank, world, folder),
+        "taken off": taken_off(rank, world),
     }
 
 
@@ -348,6 +369,14 @@ def test_checkpoints_resume_bit_exactly() -> None:
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
+def test_taken_off_and_put_on_again() -> None:
+    """After remove() nothing is trained silently, layerwise() may follow; destroy() takes every hook off."""
+    for found in (result["taken off"] for result in rest()):
+        assert "call lowrank_ds.layerwise(engine, optimizer)" in found["message"]
+        assert found["moved"] > 1e-4
+        assert found["hooks"] == 0
+
+
 def refused(words: str, stage: int = 3, **config: Any) -> tuple[Callable, str]:
     """A ds_config that asks for layer-wise updates and something they cannot do."""
     return (lambda deepspeed: training.zero_engine("fira", stage, 1, **{**copy.deepcopy(ASKED), **config})), words

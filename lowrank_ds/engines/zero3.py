@@ -131,7 +131,20 @@ def on_gradient(host: Tensor, callback: Callable[[Tensor], None]) -> Any:
         _take(param)
         callback(param)
 
-    return host.register_post_accumulate_grad_hook(arrived)
+    return _Hook(host.register_post_accumulate_grad_hook(arrived), host)
+
+
+@dataclass
+class _Hook:
+    """What takes the gradients of `host`; without it they arrive nowhere, and `_piece` says so."""
+
+    handle: Any
+    host: Tensor
+
+    def remove(self) -> None:
+        """Take it off."""
+        self.handle.remove()
+        release(self.host)
 
 
 def _take(host: Tensor) -> None:

@@ -109,6 +109,8 @@ class FusedZero3(ZeROOptimizer):
 
     def destroy(self) -> None:
         """Take our hooks and DeepSpeed's off the model."""
+        if self.layerwise is not None:
+            self.layerwise.remove()
         self.parameter_offload.destroy()
         for host in self._hosts():
             zero3.release(host)
@@ -168,6 +170,8 @@ class FusedZero3(ZeROOptimizer):
 def attach(engine: Any, optimizer: Any, accumulation_steps: int) -> int:
     """See `zero3.attach`."""
     refuse(engine)
+    if isinstance(engine.optimizer, FusedZero3) and engine.optimizer.layerwise is None:  # after handle.remove()
+        engine.optimizer = engine.optimizer.parameter_offload
     if not isinstance(engine.optimizer, DeepSpeedZeRoOffload):
         raise RuntimeError(
             f"the engine already has an optimizer ({type(engine.optimizer).__name__}): its fp32 weights and gradient "
