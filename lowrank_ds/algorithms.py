@@ -241,7 +241,8 @@ class Flora(_Adafactor):
         how = _subspace({**group, "on_refresh": "keep"}, "kappa", method="gaussian")
         sketch = None if how is None else group["accumulation_compression_rank"]
         sums = None if sketch is None else Accumulation(sketch)
-        return Recipe(rule, how, Drop(), None if how is None else Momentum(group["beta1"]), accumulation=sums)
+        momentum = None if how is None else Momentum(group["beta1"])
+        return Recipe(rule, how, momentum=momentum, accumulation=sums)
 
 
 class _Unprojected(LowRankOptimizer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from lowrank_ds.residual import Drop, ScaleGradient, ScaleResidual
 from lowrank_ds.rules import SGD, Adafactor, Adam
@@ -56,6 +56,7 @@ class Recipe:
     rule: Adam | Adafactor | SGD
     subspace: Subspace | None = None
     residual: Drop | ScaleResidual | ScaleGradient = Drop()
+    _: KW_ONLY  # a field more must not change what another means
     momentum: Momentum | None = None
     correction: Correction | None = None
     decay_last: bool = False

@@ -73,6 +73,14 @@ def recomputing() -> nn.Module:
     return model
 
 
+def by_section() -> nn.Module:
+    """The same by DeepSpeed's function: a backward inside the backward for each layer."""
+    model = tiny_llama()
+    model.train()
+    lowrank_ds.activation_checkpointing(model, {"activation_checkpointing": {}})
+    return model
+
+
 def plain(recipe: str = "fira") -> Callable:
     """One process, a step after each backward."""
     return functools.partial(training.one_process, recipe, STEPS)
@@ -108,6 +116,7 @@ CASES: dict[str, tuple[Callable, Callable]] = {
     "none persistent": (persistent(0), plain()),
     "two groups": (two_groups, grouped),
     "activation checkpointing": (configured(model=recomputing), plain()),
+    "activation checkpointing by the ds_config": (configured(model=by_section), plain()),
     **{
         f"{kind} model": (
             configured(model=functools.partial(special_model, kind), settings={"weight_decay": 0.1}),

@@ -36,8 +36,8 @@ def activation_checkpointing(model: nn.Module, config: Mapping[str, Any] | str |
 
     Any section turns it on, also an empty one. Call it before or after `deepspeed.initialize` (then with
     `engine.module`), once `deepspeed.init_distributed()` has run; do not call `gradient_checkpointing_enable` as well.
-    The settings are DeepSpeed's globals: one set a process. Not for `layerwise`, which needs transformers'
-    non-reentrant checkpointing (`step()` would raise).
+    The settings are DeepSpeed's globals: one set a process. Under `layerwise` no weight may be shared by two
+    such layers: its gradient would come in two parts (the second raises).
 
     Args:
         model: a transformers model that supports gradient checkpointing.
