@@ -115,8 +115,9 @@ def test_documented_python_runs() -> None:
     model = torch.nn.ModuleDict({"attn": torch.nn.Linear(256, 192), "mlp": torch.nn.Linear(192, 256)})
     ran = 0
     for name in ("README.md", "docs/extend.md"):
+        page = {"model": model}
         for block in re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S):
             if "deepspeed" not in block:
-                exec(compile(block, name, "exec"), {"model": model})
+                exec(compile(block, name, "exec"), page)
                 ran += 1
     assert ran >= 2
