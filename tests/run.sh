@@ -21,5 +21,5 @@ fi
 PATH=$("$python" -c 'import os, sys; print(os.path.dirname(sys.executable))'):$PATH
 export PATH DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 # Without arguments: all tests, two files at a time. With some, as they say: their tables are printed then.
-[ $# -gt 0 ] || set -- -n "${TEST_WORKERS:-2}" --dist loadfile
+[ $# -gt 0 ] || set -- -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder
 exec python -m pytest "$@"
