@@ -127,7 +127,7 @@ CASES: dict[str, tuple[Callable, Callable]] = {
 }
 MICRO = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 4}
 THREE: dict[str, tuple[Callable, Callable]] = {
-    **{recipe: (configured(recipe), plain(recipe)) for recipe in RECIPES[1:]},  # galore: below
+    **{recipe: (configured(recipe), plain(recipe)) for recipe in RECIPES},
     "4 micro-batches": (configured(**MICRO), plain()),
     "4 micro-batches, all persistent": (
         configured(**MICRO, zero={"stage3_param_persistence_threshold": 100_000}),
