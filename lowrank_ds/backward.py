@@ -83,7 +83,7 @@ def _check_arguments(optimizer: Any, accumulation_steps: Any, clip: Any, max_gra
         )
     if clip is not None and not (isinstance(max_grad_norm, (int, float)) and 0 < max_grad_norm < float("inf")):
         raise ValueError(f"layerwise: clip={clip!r} needs max_grad_norm, a finite number > 0; got {max_grad_norm!r}.")
-    if clip is not None and any(optimizer.recipe(group).accumulation for group in optimizer.param_groups):
+    if clip is not None and optimizer._compresses():
         raise ValueError(
             f"layerwise: clip={clip!r} needs norms of whole gradients, but the optimizer sums micro-batches in the "
             "subspace. Leave out clip, or compress_accumulation."
@@ -278,6 +278,8 @@ class InBackward:
                         closure()
                 loss = closure()
         self._check_fired()
+        if self._fired and max(self._fired.values()) < self.micro_batches:
+            self.optimizer._warn_once("fewer", _FEWER.format(max(self._fired.values()), self.micro_batches))
         self._flush()
         self._update([host for host in self._indices if self._is_left(host)])
         if self.clip is not None:
@@ -330,6 +332,13 @@ class InBackward:
     def _name(self, host: Tensor) -> str:
         group, index = self._place(host)
         return group["param_names"][index]
+
+
+_FEWER = (
+    "layerwise: step() came after {} of accumulation_steps={} gradients, so that updates happen now and not in the "
+    "backward. Right for an epoch's last, incomplete step; if it is every step, gradients are not reduced at each "
+    "micro-batch and stay alive whole (FSDP2: set_requires_gradient_sync(True)), or accumulation_steps is too large."
+)
 
 
 def _size(host: Tensor) -> int:

@@ -76,6 +76,8 @@ class LowRankOptimizer(BoundGroups):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._compresses():
+            self._warn_once("accumulate", _IDLE)  # unless accumulate() was called before
         held = [p for group in self.param_groups for p in group["params"] if p.numel()]
         missing = bool(held) and not any(engines.has_grad(p) or self._sums(p) for p in held)
         done = self._update(self._places())
@@ -133,13 +135,18 @@ class LowRankOptimizer(BoundGroups):
             RuntimeError: no param group sums in a subspace; the engine sums gradients itself (DeepSpeed ZeRO, FSDP1);
                 or the gradients of a DDP job are not averaged, or not known to be.
         """
-        if not any(self.recipe(group).accumulation for group in self.param_groups):
+        if not self._compresses():
             raise RuntimeError(
                 f"{type(self).__name__}.accumulate() sums nothing in a subspace: build the optimizer with "
                 "compress_accumulation=True (Flora: accumulation_compression_rank)."
             )
         engines.check_averaged(model, (p for group in self.param_groups for p in group["params"]))
+        self._warned.add("accumulate")
         self._fold(self._places())
+
+    def _compresses(self) -> bool:
+        """Whether some param group is to sum micro-batches in a subspace."""
+        return any(self.recipe(group).accumulation for group in self.param_groups)
 
     @torch.no_grad()
     def _fold(self, places: Iterable[Place]) -> None:
@@ -316,6 +323,13 @@ class LowRankOptimizer(BoundGroups):
         if key not in self._warned:
             self._warned.add(key)
             logger.warning("%s: %s", type(self).__name__, message)
+
+
+_IDLE = (
+    "compress_accumulation (accumulation_compression_rank) has no effect: nothing was summed in the subspace before the "
+    "first step(). Call accumulate() after the backward of each micro-batch, or layerwise(model, optimizer, "
+    "accumulation_steps); with one micro-batch a step leave the option out."
+)
 
 
 def _folds(slot: Slot, recipe: Recipe) -> bool:

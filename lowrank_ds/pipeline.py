@@ -36,15 +36,8 @@ def update(job: Job, projected: bool) -> Steps:
     if job.recipe.correction:
         return (yield from corrected_gradient(job))
     if job.micro_batches and job.recipe.accumulation.rank is not None:
-        yield from _restore(job)
+        job.grad, job.micro_batches = (yield from accumulate.restored(job)), 0
     return (yield from (compressed_momentum(job) if job.recipe.momentum else projected_gradient(job)))
-
-
-def _restore(job: Job) -> Steps:
-    """Put the sum of a sketch's micro-batches into the place of the gradient."""
-    summed = yield from accumulate.restored(job)
-    job.grad = summed if job.grad is None else summed.add_(job.grad)
-    job.micro_batches = 0
 
 
 # --- state -----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch import nn
 from lowrank_ds import engines
 from lowrank_ds.backward import InBackward, layerwise
 from lowrank_ds.clipping import CLIPS, Previous
+from lowrank_ds.groups import logger
 from lowrank_ds.optimizer import LowRankOptimizer
 
 _CLIPS = tuple(name for name, kind in CLIPS.items() if not kind.two_passes)
@@ -69,6 +70,11 @@ class LayerwiseOption:
         if self.clip is not None and self.args.max_grad_norm:
             # Trainer reads it at every step, and would scale the gradients that wait for their update
             self.norm, self.args.max_grad_norm = self.args.max_grad_norm, 0.0
+            logger.warning(
+                "for_trainer: layerwise clips to max_grad_norm=%s itself; TrainingArguments.max_grad_norm is 0 from now "
+                "on, also for whoever uses these arguments next.",
+                self.norm,
+            )
         if self.clip == "previous":
             for group in optimizer.param_groups:  # here already, so that a checkpoint finds where to put it
                 group.setdefault(Previous.KEY, 0.0)
