@@ -56,10 +56,17 @@ class LowRankOptimizer(BoundGroups):
         self._in_backward: InBackward | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; between micro-batches it has what was summed in the subspace."""
+        """As torch's; between micro-batches it has what was summed in the subspace.
+
+        Under DeepSpeed ZeRO it also says, in "lowrank_ds", where everything in the partitions lies: DeepSpeed's files
+        can then be loaded by any engine and number of ranks (`checkpoint/deepspeed_files.py`).
+        """
+        from lowrank_ds.checkpoint import deepspeed_files  # which is built on this class
+
         if self._in_backward is not None:
             self._in_backward.before_saving()
-        return super().state_dict()
+        where = deepspeed_files.describe(self)
+        return super().state_dict() | ({} if where is None else {deepspeed_files.KEY: where})
 
     # -- the step -----------------------------------------------------------------------------------------------
     @torch.no_grad()

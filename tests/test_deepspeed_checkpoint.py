@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+import lowrank_ds
+from lowrank_ds.checkpoint.agree import CheckpointError
+from lowrank_ds.checkpoint.deepspeed_files import open_checkpoint
+from lowrank_ds.checkpoint.runs import Run
 from tests import training
-from tests.cluster import launch, tiny_llama
+from tests.cluster import batches, launch, tiny_llama
 
 BF16 = {"bf16": {"enabled": True}}
 OFFLOAD = {"zero": {"offload_optimizer": {"device": "cpu"}}}
@@ -55,6 +64,10 @@ def save_and_resume(rank: int, world: int, folder: str) -> dict[str, tuple[bool,
             training.weights_of(engine.module)
         training.train_engine(engine, rank, world, AFTER)
         straight = everything(engine)
+        if rank == 0:
+            torch.save(
+                {key: straight[key] for key in training.weights_of(tiny_llama())}, f"{folder}/{name}/straight.pt"
+            )
         engine.destroy()
         engine = training.zero_engine(recipe, stage, world, tiny_llama(seed=1), **config)
         engine.load_checkpoint(f"{folder}/{name}")
@@ -66,19 +79,162 @@ def save_and_resume(rank: int, world: int, folder: str) -> dict[str, tuple[bool,
     return same
 
 
-def test_resumes_bit_for_bit() -> None:
-    """engine.save_checkpoint / load_checkpoint at the same world size; zero_to_fp32.py gives the saved weights."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    with tempfile.TemporaryDirectory() as folder:
-        for found in launch(2, save_and_resume, folder):
+@pytest.fixture(scope="module")
+def folder() -> Iterator[str]:
+    """Where two ranks saved every cell and resumed it bit for bit."""
+    with tempfile.TemporaryDirectory() as path:
+        for found in launch(2, save_and_resume, path):
             assert found.keys() == CELLS.keys()
             assert all(same and count > 80 for same, count in found.values()), found
-        for name, (_, _, config, _) in CELLS.items():
-            if "data_types" in config:
-                continue  # zero_to_fp32.py itself refuses the files of BF16_Optimizer
-            weights = get_fp32_state_dict_from_zero_checkpoint(f"{folder}/{name}")
-            saved = torch.load(f"{folder}/{name}/weights.pt", weights_only=True)
-            for key, weight in saved.items():
-                found = weights[key].bfloat16().float() if "bf16" in config else weights[key]
-                assert torch.equal(found, weight), (name, key)
+        yield path
+
+
+def test_zero_to_fp32_gives_the_saved_weights(folder: str) -> None:
+    """DeepSpeed's own script, on what engine.save_checkpoint wrote (and engine.load_checkpoint resumed bit for bit)."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    for name, (_, _, config, _) in CELLS.items():
+        if "data_types" in config:
+            continue  # zero_to_fp32.py itself refuses the files of BF16_Optimizer
+        weights = get_fp32_state_dict_from_zero_checkpoint(f"{folder}/{name}")
+        saved = torch.load(f"{folder}/{name}/weights.pt", weights_only=True)
+        for key, weight in saved.items():
+            found = weights[key].bfloat16().float() if "bf16" in config else weights[key]
+            assert torch.equal(found, weight), (name, key)
+
+
+def saved(name: str) -> tuple[str, dict[str, Any]]:
+    """(recipe, ds_config) of a cell."""
+    recipe, _, config, _ = CELLS[name]
+    return recipe, config
+
+
+# {saved by: loaded by}; the global batches are the same for any number of ranks.
+MOVES = {
+    "zero1": "zero2", "zero2": "zero2", "zero3": "zero3", "zero1 apollo": "fsdp2", "zero2 adafactor": "zero3",
+    "zero3 after": "fsdp2", "zero3 offload": "zero1", "bf16 optimizer": "zero2", "zero3 bf16": "zero3",
+}  # fmt: skip
+
+
+def loaded_elsewhere(rank: int, world: int, folder: str) -> dict[str, dict[str, torch.Tensor]]:
+    """{cell: weights after training on from it under another engine, at another world size}."""
+    found = {}
+    for name, engine in MOVES.items():
+        recipe, config = saved(name)
+        if engine == "fsdp2":
+            model = training.fully_sharded(engine, world, tiny_llama(seed=1))
+            optimizer = training.build(recipe, model)
+            lowrank_ds.load_checkpoint(f"{folder}/{name}", model, optimizer)
+            training.train_sharded(model, optimizer, engine, rank, world, range(AFTER))
+            found[name] = training.weights_of(model)
+        else:
+            more = BF16 if "bf16" in config else {}
+            zero = training.zero_engine(recipe, int(engine[-1]), world, tiny_llama(seed=1), **more)
+            lowrank_ds.load_checkpoint(f"{folder}/{name}", zero)
+            if more:
+                lowrank_ds.save_checkpoint(f"{folder}/{name}/again", zero)
+            training.train_engine(zero, rank, world, AFTER)
+            found[name] = training.weights_of(zero.module)
+            assert zero.global_steps == CELLS[name][3] + AFTER
+            zero.destroy()
+    return found
+
+
+def assert_same_entries(one: str, other: str) -> None:
+    """Two checkpoints hold the same weights (fp32 masters) and state, bit for bit."""
+    with open_checkpoint(one) as a, open_checkpoint(other) as b:
+        assert a.manifest.entries.keys() == b.manifest.entries.keys() and len(a.manifest.entries) > 100
+        for key, entry in a.manifest.entries.items():
+            whole = Run.interval(0, entry.numel)
+            assert torch.equal(a.read(key, whole), b.read(key, whole)), key
+
+
+def test_loads_at_any_world_size_and_in_any_engine(folder: str) -> None:
+    """lowrank_ds.load_checkpoint reads DeepSpeed's folders: 2 ranks -> 3 under ZeRO-1/2/3 or FSDP2, and one process."""
+    torch.set_num_threads(1)
+    for name, weights in launch(3, loaded_elsewhere, folder)[0].items():
+        if "bf16" in CELLS[name][2]:  # other micro-batches round otherwise: compare what was loaded
+            assert_same_entries(f"{folder}/{name}", f"{folder}/{name}/again")
+            continue
+        straight = torch.load(f"{folder}/{name}/straight.pt", weights_only=True)
+        assert training.largest_difference(weights, straight) <= 2e-6, name
+    for name in MOVES:
+        recipe, config = saved(name)
+        if config:
+            continue
+        model = tiny_llama(seed=1)
+        optimizer = training.build(recipe, model)
+        lowrank_ds.load_checkpoint(f"{folder}/{name}", model, optimizer)
+        for batch in batches(AFTER):
+            model(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        straight = torch.load(f"{folder}/{name}/straight.pt", weights_only=True)
+        assert training.largest_difference(training.weights_of(model), straight) <= 2e-6, name
+
+
+def copied(folder: str, tmp_path: Path, name: str = "zero2") -> Path:
+    """A copy of one cell's folder, to be spoiled."""
+    return Path(shutil.copytree(f"{folder}/{name}", tmp_path / name))
+
+
+def torn(where: Path) -> None:
+    """The second rank's optimizer file cut short."""
+    (file,) = where.glob("*/*pp_rank_1*optim_states.pt")
+    file.write_bytes(file.read_bytes()[:-2000])
+
+
+def flipped(where: Path) -> None:
+    """One byte of the first rank's numbers changed."""
+    (file,) = where.glob("*/*pp_rank_0*optim_states.pt")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def missing(where: Path) -> None:
+    """No file of the second rank."""
+    (file,) = where.glob("*/*pp_rank_1*optim_states.pt")
+    file.unlink()
+
+
+def with_code(where: Path) -> None:
+    """An object in client_state whose class would be imported and run."""
+    (file,) = where.glob("*/mp_rank_00_model_states.pt")
+    model = torch.load(file, weights_only=True)
+    torch.save(model | {"mine": subprocess.CompletedProcess("echo", 0)}, file)
+
+
+def of_another(where: Path) -> None:
+    """State of an optimizer that says nothing of where it lies."""
+    for file in where.glob("*/*optim_states.pt"):
+        saved = torch.load(file, weights_only=False)
+        del saved["optimizer_state_dict"]["base_optimizer_state"]["lowrank_ds"]
+        torch.save(saved, file)
+
+
+SPOILED = {
+    torn: "torn", flipped: "damaged", missing: "2 ranks saved, 1 files", with_code: "holds code",
+    of_another: "another optimizer",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil", SPOILED, ids=lambda f: f.__name__)
+def test_spoiled_folders_are_refused(folder: str, tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+    """Named, before anything is changed."""
+    where = copied(folder, tmp_path)
+    spoil(where)
+    model = tiny_llama(seed=1)
+    optimizer = training.build("flora", model)
+    before = training.weights_of(model)
+    with pytest.raises(CheckpointError, match=SPOILED[spoil]):
+        lowrank_ds.load_checkpoint(where, model, optimizer)
+    assert training.largest_difference(before, training.weights_of(model)) == 0.0
+
+
+def test_files_hold_no_code(folder: str) -> None:
+    """What DeepSpeed pickles beside tensors: classes of its own, none of ours."""
+    found = set()
+    for file in Path(folder).glob("*/*/*.pt"):
+        found |= set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    assert found and all(name.startswith("deepspeed.") for name in found), found

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lowrank_ds.checkpoint import format, places
+from lowrank_ds.checkpoint import deepspeed_files, format, places
 from lowrank_ds.checkpoint.agree import CheckpointError, place, together
 from lowrank_ds.checkpoint.format import Key
 from lowrank_ds.checkpoint.options import checked_groups, take
@@ -58,7 +58,7 @@ def load_checkpoint(
 
     def prepare() -> None:
         plan.target = places.target_of(model, optimizer)
-        plan.saved = Checkpoint(path, verify=verify)
+        plan.saved = deepspeed_files.open_checkpoint(path, verify)
         plan.saved.check_files(verify)
 
     def check() -> None:

@@ -27,7 +27,7 @@ from lowrank_ds.engines import deepspeed, zero3
 logger = logging.getLogger("lowrank_ds")
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
-_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def is_engine(model: Any) -> bool:
@@ -115,7 +115,7 @@ def counters(engine: Any) -> dict[str, Any]:
     return {name: getattr(engine, name) for name in _COUNTERS} | {
         "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
         "lr_scheduler": None if scheduler is None else scheduler.state_dict(),
-        "loss_scale": {name: getattr(scaler, name) for name in _SCALE if hasattr(scaler, name)},
+        "loss_scale": {name: getattr(scaler, name) for name in SCALE if hasattr(scaler, name)},
     }
 
 
