@@ -56,15 +56,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _checkpoint_commands(commands: argparse._SubParsersAction) -> None:
-    """What can be done with folders that `save_checkpoint` wrote."""
+    """What can be done with folders that `save_checkpoint`, ours or a DeepSpeed engine's, wrote."""
     joined = commands.add_parser("consolidate", help="join a checkpoint's pieces: every tensor whole")
     cut = commands.add_parser("reshard", help="divide a checkpoint among another number of files")
     for command in (joined, cut):
-        command.add_argument("source", type=pathlib.Path, help="a folder that save_checkpoint wrote")
+        command.add_argument(
+            "source", type=pathlib.Path, help="a folder of save_checkpoint, ours or DeepSpeed's"
+        )
         command.add_argument("out", type=pathlib.Path, help="a new folder")
     cut.add_argument("--files", type=int, required=True, help="how many")
     shown = commands.add_parser("inspect", help="what is in a checkpoint, and whether it is undamaged")
-    shown.add_argument("source", type=pathlib.Path, help="a folder that save_checkpoint wrote")
+    shown.add_argument("source", type=pathlib.Path, help="a folder of save_checkpoint, ours or DeepSpeed's")
     shown.add_argument("--no-verify", action="store_true", help="do not compare checksums (reads all files)")
 
 
@@ -77,7 +79,7 @@ def _checkpoint(given: argparse.Namespace) -> int:
             text, undamaged = tools.describe(given.source, not given.no_verify)
             print(text)
             return 0 if undamaged else 1
-        with tools.Checkpoint(given.source) as source:
+        with tools.open_checkpoint(given.source) as source:
             source.check_files()
             if given.command == "consolidate":
                 tools.consolidate(source, given.out)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import lowrank_ds
+from lowrank_ds import cli
 from lowrank_ds.checkpoint.agree import CheckpointError
 from lowrank_ds.checkpoint.deepspeed_files import open_checkpoint
 from lowrank_ds.checkpoint.runs import Run
@@ -230,6 +231,22 @@ def test_spoiled_folders_are_refused(folder: str, tmp_path: Path, spoil: Callabl
     with pytest.raises(CheckpointError, match=SPOILED[spoil]):
         lowrank_ds.load_checkpoint(where, model, optimizer)
     assert training.largest_difference(before, training.weights_of(model)) == 0.0
+
+
+@pytest.mark.parametrize("command", [["consolidate"], ["reshard", "--files", "3"]], ids=lambda c: c[0])
+def test_converted_offline(folder: str, tmp_path: Path, command: list[str]) -> None:
+    """lowrank-ds consolidate and reshard: the same entries in files of ours."""
+    assert cli.main([command[0], f"{folder}/zero3", str(tmp_path / "out"), *command[1:]]) == 0
+    assert_same_entries(f"{folder}/zero3", str(tmp_path / "out"))
+
+
+def test_inspected(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """lowrank-ds inspect says what there is, and that a byte was changed."""
+    assert cli.main(["inspect", f"{folder}/zero2"]) == 0
+    assert "Flora, saved by 2 ranks" in (said := capsys.readouterr().out) and "steps taken: 6" in said
+    where = copied(folder, tmp_path)
+    flipped(where)
+    assert cli.main(["inspect", str(where)]) == 1 and "DAMAGED" in capsys.readouterr().out
 
 
 def test_files_hold_no_code(folder: str) -> None:

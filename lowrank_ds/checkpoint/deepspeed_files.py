@@ -147,10 +147,10 @@ class DeepSpeedCheckpoint(Checkpoint):
                 )
         base = _state_dict(self._folder, first)
         groups = _plain([{k: v for k, v in group.items() if k != "params"} for group in base["param_groups"]])
-        said = base[KEY]
+        said, sizes = base[KEY], {name: ((self._folder / name).stat().st_size, "") for _, name in files}
         return Manifest(
             said["version"], said["algorithm"], len(files), groups, said["projected"], _client_state(model),
-            _counters(model, first), {}, self._entries,
+            _counters(model, first), sizes, self._entries,
         )  # fmt: skip
 
     def _load(self, number: int, name: str) -> dict[str, Any]:

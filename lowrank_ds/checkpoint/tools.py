@@ -15,7 +15,8 @@ from pathlib import Path
 
 from lowrank_ds.checkpoint import format
 from lowrank_ds.checkpoint.agree import CheckpointError
-from lowrank_ds.checkpoint.format import MANIFEST, Blob, Entry, Key, Piece
+from lowrank_ds.checkpoint.deepspeed_files import open_checkpoint
+from lowrank_ds.checkpoint.format import Blob, Entry, Key, Piece
 from lowrank_ds.checkpoint.read import Checkpoint
 from lowrank_ds.checkpoint.runs import Run
 from lowrank_ds.checkpoint.save import file_name, publish
@@ -92,12 +93,12 @@ def _rewrite(source: Checkpoint, out: Path, place: _Place) -> None:
 
 
 def describe(path: Path, verify: bool = True) -> tuple[str, bool]:
-    """(what is in a checkpoint, for people; whether it is undamaged).
+    """(what is in a checkpoint of either kind, for people; whether it is undamaged).
 
     Raises:
-        CheckpointError: it has no readable manifest.
+        CheckpointError: it has no readable manifest, or is no checkpoint.
     """
-    with Checkpoint(path, verify=False) as saved:
+    with open_checkpoint(path, verify=False) as saved:
         manifest = saved.manifest
         sizes: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         for key, entry in manifest.entries.items():
@@ -111,11 +112,11 @@ def describe(path: Path, verify: bool = True) -> tuple[str, bool]:
         lines += [f"  {section}: {count} tensors, {size} bytes" for section, (count, size) in sorted(sizes.items())]
         lines.append(f"  extra: {manifest.extra!r}")
         try:
-            format.Manifest.read(path, verify)
-            saved.check_files(verify)
+            with open_checkpoint(path, verify) as again:
+                again.check_files(verify)
         except CheckpointError as error:
             return "\n".join([*lines, f"  DAMAGED: {error}"]), False
         steps = sorted({int(saved.read(k, Run.interval(0, 1))) for k in manifest.entries if k.part == "step"})
         lines.append(f"  steps taken: {', '.join(map(str, steps)) or 'none'}")
         checked = "checksums agree" if verify else "checksums not compared"
-        return "\n".join([*lines, f"  {MANIFEST} and all files: complete, {checked}"]), True
+        return "\n".join([*lines, f"  all files: complete, {checked}"]), True
