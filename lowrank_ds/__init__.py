@@ -22,6 +22,7 @@ from lowrank_ds.algorithms import (
 from lowrank_ds.backward import layerwise
 from lowrank_ds.engines.checkpointing import activation_checkpointing
 from lowrank_ds.engines.huggingface import for_trainer
+from lowrank_ds.failures import RankError
 from lowrank_ds.lora_fa import LoRAFA, create_lorafa_optimizer, freeze_lora_a, lorafa_groups
 from lowrank_ds.lora_layers import recompute_dropout
 from lowrank_ds.memory import state_bytes
@@ -39,6 +40,7 @@ __all__ = [
     "GaLoreAdamW",
     "LoRAFA",
     "Lomo",
+    "RankError",
     "activation_checkpointing",
     "create_lorafa_optimizer",
     "divide_params",
