@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 # What gloo, the store and NCCL say; torch gives no class of its own to gloo's errors.
 _LOST = re.compile(
@@ -25,6 +26,24 @@ class RankError(RuntimeError):
 def is_lost(error: BaseException) -> bool:
     """Whether `error`, which a collective may have raised, says that another rank is gone or late."""
     return isinstance(error, RankError) or (isinstance(error, RuntimeError) and bool(_LOST.search(str(error))))
+
+
+@contextlib.contextmanager
+def watch(what: str) -> Iterator[None]:
+    """Around a training loop: collectives of the engine (torch's, DeepSpeed's) that lose a rank raise RankError too.
+
+    Args:
+        what: is going on, such as "training".
+
+    Raises:
+        RankError: from what the engine raised. Other errors pass.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, RankError) or not is_lost(error):
+            raise
+        raise lost(f"{what}: a collective of the engine", None, None, error) from error
 
 
 def some(names: Iterable[str]) -> str:

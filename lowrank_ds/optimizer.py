@@ -118,7 +118,11 @@ class LowRankOptimizer(BoundGroups):
             self._warn_once("in backward", engines.BEFORE_REDUCTION)
         if clip is not None:
             clip(work)
-        jobs = self._jobs(work)
+        try:
+            jobs = self._jobs(work)
+        except failures.RankError:
+            self._raise_errors()  # the better one of the two
+            raise
         try:
             self._run(jobs)
         except BaseException as error:
