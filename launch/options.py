@@ -103,6 +103,9 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=["fp32", "bf16"], help="default: the ds_config's; without one bf16 on GPUs, fp32 on CPUs. "
         "bf16 is fp32 master weights computed in bf16 under fsdp1, fsdp2, hsdp and DeepSpeed; under ddp the weights "
         "themselves are bf16")  # fmt: skip
+    add("--timeout", type=float, metavar="SECONDS", help="how long a process waits for the others in any exchange "
+        "before it ends with an error that names it (default: torch's and DeepSpeed's own, 30 minutes; 10 for torch on "
+        "GPUs). That a process ended is noticed at once on CPUs")  # fmt: skip
     add("--activation-checkpointing", action="store_true", help="recompute each layer in the backward "
         "pass (a ds_config's activation_checkpointing section does so, too, by DeepSpeed's function)")  # fmt: skip
 
@@ -126,6 +129,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("steps", "log_every", "seq_len", "hsdp_shard"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.timeout is not None and not 0 < args.timeout < float("inf"):
+        parser.error("--timeout must be a number of seconds > 0")
     if (Path(args.output) / "metrics.jsonl").exists():
         parser.error(f"--output {args.output} already holds a run; choose another directory or delete it")
     if args.warmup_steps is None:

@@ -30,10 +30,11 @@ from launch.evaluation import perplexity
 from launch.model import build_model, save_model
 from launch.optimizers import torch_optimizer, warmup_cosine
 from launch.options import BatchPlan, load_ds_config, optimizer_overrides, parse
-from launch.processes import Processes, find_processes
+from launch.processes import Processes, find_processes, limit_waits, timeout_of
 from launch.progress import Progress
 from launch.streaming import StreamBatches, held_out_blocks, open_stream
 from launch.tokenizer import load_tokenizer
+from lowrank_ds import failures
 
 
 def plan_batches(args, config: dict | None, world: int) -> BatchPlan:
@@ -75,7 +76,7 @@ def build_deepspeed(args, config: dict, tokenizer, factor, processes: Processes)
     if processes.device.type == "cpu":
         # The op would be compiled for minutes, and a killed compilation leaves a lock that hangs every later run.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed()
+    deepspeed.init_distributed(**timeout_of(args.timeout))
     zero3 = HfDeepSpeedConfig(config)  # while it lives, transformers shards weights as it makes them (stage 3)
     dtype = torch.bfloat16 if zero3.is_zero3() and config.get("bf16", {}).get("enabled") else torch.float32
     model = _model(args, tokenizer, dtype)
@@ -91,7 +92,7 @@ def build_torch(args, tokenizer, factor, plan: BatchPlan, processes: Processes) 
     """Model, engine and optimizer without DeepSpeed."""
     on_gpu = processes.device.type == "cuda"
     if processes.world > 1 or args.engine != "ddp":
-        torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo", **timeout_of(args.timeout))
     bf16 = (args.dtype or ("bf16" if on_gpu else "fp32")) == "bf16"
     model = _model(args, tokenizer, torch.bfloat16 if bf16 and args.engine == "ddp" else torch.float32)
 
@@ -135,6 +136,8 @@ def train(args, trainer, batches, evaluate, progress: Progress, processes: Proce
         lr = trainer.lr()
         loss, since = loss + trainer.train_step(batches.at(step)), since + 1
         done = step + 1
+        if done == 1:  # some groups are made in the first step
+            limit_waits(args.timeout)
         if done % args.log_every == 0 or done == args.steps:
             trainer.watch.settle()
             mean = processes.mean(loss / since)
@@ -218,7 +221,9 @@ def main() -> None:
         return perplexity(trainer.logits, held_out, processes.rank, processes.world, processes.device)
 
     progress = Progress(output, args.steps, plan.total * args.seq_len, processes.is_main)
-    final = train(args, trainer, batches, evaluate, progress, processes)
+    limit_waits(args.timeout)
+    with failures.watch("training"):
+        final = train(args, trainer, batches, evaluate, progress, processes)
     trainer.save(output / "checkpoint", {"step": args.steps, "samples": args.steps * plan.total, "seed": args.seed})
     weights = trainer.weights()
     if processes.is_main:

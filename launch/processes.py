@@ -1,5 +1,6 @@
 """Who this process is among all of them."""
 
+import datetime
 import os
 import socket
 from dataclasses import dataclass
@@ -61,3 +62,21 @@ def find_processes() -> Processes:
             local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
     return Processes(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device)
+
+
+def limit_waits(seconds: float | None) -> None:
+    """Let no collective wait longer than this for another rank, in any group there is now. None: torch's own limits.
+
+    Groups that an engine makes (DeepSpeed's, those of an HSDP mesh) have torch's default, 30 minutes for gloo and 10
+    for NCCL, whatever `init_process_group` was told.
+    """
+    if seconds is None or not dist.is_initialized():
+        return
+    known = dist.distributed_c10d  # torch has no public name for either
+    for group in list(known._world.pg_map):
+        known._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+
+
+def timeout_of(seconds: float | None) -> dict[str, datetime.timedelta]:
+    """The `timeout` argument of init_process_group and deepspeed.init_distributed; nothing for their defaults."""
+    return {} if seconds is None else {"timeout": datetime.timedelta(seconds=seconds)}

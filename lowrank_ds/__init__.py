@@ -23,6 +23,7 @@ from lowrank_ds.backward import layerwise
 from lowrank_ds.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from lowrank_ds.engines.checkpointing import activation_checkpointing
 from lowrank_ds.engines.huggingface import for_trainer
+from lowrank_ds.failures import RankError
 from lowrank_ds.lora_fa import LoRAFA, create_lorafa_optimizer, freeze_lora_a, lorafa_groups
 from lowrank_ds.lora_layers import recompute_dropout
 from lowrank_ds.memory import state_bytes
@@ -41,6 +42,7 @@ __all__ = [
     "GaLoreAdamW",
     "LoRAFA",
     "Lomo",
+    "RankError",
     "activation_checkpointing",
     "create_lorafa_optimizer",
     "divide_params",

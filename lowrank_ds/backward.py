@@ -286,6 +286,7 @@ class InBackward:
             self.clip.conclude_step()
         self.optimizer._loads.clear()
         self.forget()
+        self.optimizer._raise_errors()
         return loss
 
     def _is_left(self, host: Tensor) -> bool:

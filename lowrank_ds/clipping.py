@@ -47,7 +47,7 @@ class Clip:
         """The global norm (0-d) of what was measured, over all ranks; the next measurement starts at zero."""
         parts = []
         for sharers, square in self._squares.items():
-            (whole,) = run_all([Task(sharers, ask(Sum(square.view(1))), 1)], square.device, 1)
+            (whole,) = run_all([Task(sharers, ask(Sum(square.view(1))), 1, "the gradient norm")], square.device, 1)
             parts.append(whole.view(()).to(next(iter(self._squares.values())).device))
         self._squares.clear()
         self.norm = torch.stack(parts).sum().sqrt() if parts else torch.zeros(())
@@ -120,7 +120,7 @@ class PerTensor(Clip):
         for device in dict.fromkeys(weight.device for *_, weight in work):
             here = [(slot, grad) for slot, _, grad, weight in work if weight.device == device]
             squares = [linalg.row_square_sums(grad.view(1, -1)) for _, grad in here]
-            tasks = [Task(slot.layout, ask(Sum(s)), 1) for (slot, _), s in zip(here, squares, strict=True)]
+            tasks = [Task(slot.layout, ask(Sum(s)), 1, slot.name) for (slot, _), s in zip(here, squares, strict=True)]
             for (_, grad), square in zip(here, run_all(tasks, device, len(tasks)), strict=True):
                 grad.mul_((self.largest / (square.sqrt() + 1e-6)).clamp_max(1.0))
 

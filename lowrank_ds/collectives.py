@@ -16,15 +16,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lowrank_ds import failures
 from lowrank_ds.requests import Exchange, Gather, Steps, Sum, finish_alone
 
 
 class Task(NamedTuple):
-    """The generator of one matrix, how ranks share the matrix, and how many numbers its round keeps alive."""
+    """The generator of one matrix, how ranks share it, how many numbers its round keeps alive, and its name."""
 
     layout: Any  # a Layout or a Mirror: what has a group
     steps: Steps
     size: int
+    name: str = ""
 
 
 class _Run:
@@ -45,7 +47,8 @@ class _Run:
                 requests[i] = self.tasks[i].steps.send(answer)
             except StopIteration as stop:
                 self.results[i] = stop.value
-        self.arrive = _issue(requests, self.group, self.device) if requests else None
+        names = [task.name for task in self.tasks]
+        self.arrive = _issue(requests, self.group, self.device, names) if requests else None
 
     def finish(self) -> list[Any]:
         """The results, in order."""
@@ -57,8 +60,13 @@ class _Run:
         return self.results
 
 
-def _issue(requests: dict[int, Any], group: Any, device: torch.device) -> Callable[[], dict[int, Any]]:
-    """Start one round, at most one collective of each kind (all-reduce: one per dtype). Answers how to wait for it."""
+def _issue(
+    requests: dict[int, Any], group: Any, device: torch.device, names: Sequence[str]
+) -> Callable[[], dict[int, Any]]:
+    """Start one round, at most one collective of each kind (all-reduce: one per dtype). Answers how to wait for it.
+
+    names: of all matrices, by the number in `requests`.
+    """
     single = {(i, *path): item for i, request in requests.items() for path, item in _leaves(request)}
     sums = {key: item.tensor for key, item in single.items() if isinstance(item, Sum)}
     gathers = {key: item for key, item in single.items() if isinstance(item, Gather)}
@@ -66,9 +74,10 @@ def _issue(requests: dict[int, Any], group: Any, device: torch.device) -> Callab
     few = {key: item for key, item in gathers.items() if not item.axis.everywhere}
     moves = {key: item for key, item in single.items() if isinstance(item, Exchange)}
     moves |= {key: _gather_moves(item) for key, item in few.items()}
-    waiting = [_all_reduce(sums, dtype, group) for dtype in sorted({t.dtype for t in sums.values()}, key=str)]
-    waiting += [_all_gather(common, group, device)] if common else []
-    waiting += [_all_to_all(moves, group, device)] if moves else []
+    about = _Round(group, names)
+    waiting = [_all_reduce(sums, dtype, about) for dtype in sorted({t.dtype for t in sums.values()}, key=str)]
+    waiting += [_all_gather(common, about, device)] if common else []
+    waiting += [_all_to_all(moves, about, device)] if moves else []
 
     def arrive() -> dict[int, Any]:
         answers: dict[Any, Any] = {}
@@ -78,6 +87,56 @@ def _issue(requests: dict[int, Any], group: Any, device: torch.device) -> Callab
         return {i: _shaped(request, answers, (i,)) for i, request in requests.items()}
 
     return arrive
+
+
+class _Round(NamedTuple):
+    """Starts the collectives of one round, and says whose numbers were on their way when one of them fails."""
+
+    group: Any
+    names: Sequence[str]
+
+    def start(self, keys: Iterable[Any], collective: Callable[..., Any], *arguments: Any) -> Callable[[], None]:
+        """Start one collective for the requests `keys`. Answers how to wait for it."""
+        try:
+            work = collective(*arguments, group=self.group, async_op=True)
+        except dist.DistError as error:
+            raise self._failure(keys, collective, error) from error
+
+        def wait() -> None:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise self._failure(keys, collective, error) from error
+
+        return wait
+
+    def _failure(self, keys: Iterable[Any], collective: Callable[..., Any], error: Exception) -> failures.RankError:
+        return _lost(collective.__name__, self.group, (self.names[key[0]] for key in keys), error)
+
+
+def _lost(collective: str, group: Any, names: Iterable[str], error: Exception) -> failures.RankError:
+    """The error that says which collective failed, over whom and for what."""
+    what, named = _KINDS.get(collective, collective), failures.some(names)
+    try:
+        ranks, rank = dist.get_process_group_ranks(group), dist.get_rank()
+    except (RuntimeError, ValueError, KeyError):  # the group is gone by now
+        ranks, rank = None, None
+    return failures.lost(f"the {what}{f' for {named}' if named else ''}", ranks, rank, error)
+
+
+_KINDS = {
+    "all_reduce": "all-reduce",
+    "all_gather_single": "all-gather",
+    "all_gather_into_tensor": "all-gather",
+    "all_to_all_single": "all-to-all",
+    "reduce_scatter_single": "reduce-scatter",
+    "reduce_scatter_tensor": "reduce-scatter",
+}
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _leaves(request: Any, path: tuple[int, ...] = ()) -> Iterable[tuple[tuple[int, ...], Any]]:
@@ -119,23 +178,23 @@ def _wire(device: torch.device, group: Any) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend and device.type == "cpu" else device
 
 
-def _all_reduce(sums: dict[Any, Tensor], dtype: torch.dtype, group: Any) -> Callable[[], dict[Any, Tensor]]:
+def _all_reduce(sums: dict[Any, Tensor], dtype: torch.dtype, about: _Round) -> Callable[[], dict[Any, Tensor]]:
     keys = [key for key, t in sums.items() if t.dtype == dtype]
     flat = torch.cat([sums[key].reshape(-1) for key in keys])
-    moved = flat.to(_wire(flat.device, group))
-    work = dist.all_reduce(moved, group=group, async_op=True)
+    moved = flat.to(_wire(flat.device, about.group))
+    arrive = about.start(keys, dist.all_reduce, moved)
 
     def wait() -> dict[Any, Tensor]:
-        work.wait()
+        arrive()
         parts = moved.to(flat.device).split([sums[key].numel() for key in keys])
         return {key: part.view(sums[key].shape) for key, part in zip(keys, parts, strict=True)}
 
     return wait
 
 
-def _all_gather(gathers: dict[Any, Gather], group: Any, device: torch.device) -> Callable[[], dict[Any, Tensor]]:
+def _all_gather(gathers: dict[Any, Gather], about: _Round, device: torch.device) -> Callable[[], dict[Any, Tensor]]:
     """What every rank touches: every rank sends one message, padded where the kept parts are uneven."""
-    world, wire = dist.get_world_size(group), _wire(device, group)
+    world, wire = dist.get_world_size(about.group), _wire(device, about.group)
     widths, parts = [], []
     for item in gathers.values():
         flat = item.chunk.reshape(-1).float()
@@ -146,10 +205,10 @@ def _all_gather(gathers: dict[Any, Gather], group: Any, device: torch.device) ->
     incoming = torch.empty(world * outgoing.numel(), dtype=torch.float32, device=wire)
     # torch 2.13 renamed it and warns about the old name.
     all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-    work = all_gather(incoming, outgoing, group=group, async_op=True)
+    arrive = about.start(gathers, all_gather, incoming, outgoing)
 
     def wait(_alive: Tensor = outgoing) -> dict[Any, Tensor]:
-        work.wait()
+        arrive()
         columns = incoming.to(device).view(world, -1).split(widths, 1)
         return {key: _unpadded(item, column) for (key, item), column in zip(gathers.items(), columns, strict=True)}
 
@@ -169,18 +228,18 @@ def _in_order(spans: tuple[tuple[int, int], ...]) -> list[tuple[tuple[int, int],
     return sorted({span: rank for rank, span in enumerate(spans)}.items())
 
 
-def _all_to_all(moves: dict[Any, Exchange], group: Any, device: torch.device) -> Callable[[], dict[Any, Any]]:
-    world = dist.get_world_size(group)
+def _all_to_all(moves: dict[Any, Exchange], about: _Round, device: torch.device) -> Callable[[], dict[Any, Any]]:
+    world = dist.get_world_size(about.group)
     sends = [[x.sends[j].reshape(-1).float() for x in moves.values() if j in x.sends] for j in range(world)]
     input_splits = [sum(t.numel() for t in parts) for parts in sends]
     output_splits = [sum(x.receives.get(j, 0) for x in moves.values()) for j in range(world)]
-    wire = _wire(device, group)
+    wire = _wire(device, about.group)
     outgoing = torch.cat([torch.empty(0, dtype=torch.float32, device=device), *itertools.chain(*sends)]).to(wire)
     incoming = torch.empty(sum(output_splits), dtype=torch.float32, device=wire)
-    work = dist.all_to_all_single(incoming, outgoing, output_splits, input_splits, group=group, async_op=True)
+    arrive = about.start(moves, dist.all_to_all_single, incoming, outgoing, output_splits, input_splits)
 
     def wait(_alive: Tensor = outgoing) -> dict[Any, dict[int, Tensor]]:
-        work.wait()
+        arrive()
         per_rank, offsets = incoming.to(device).split(output_splits), [0] * world
         answers: dict[Any, dict[int, Tensor]] = {}
         for key, move in moves.items():
@@ -226,15 +285,18 @@ def _collect(started: tuple[list[int], _Run] | None, results: list[Any]) -> None
             results[i] = result
 
 
-def mean_scattered(whole: Tensor, group: Any) -> Tensor:
+def mean_scattered(whole: Tensor, group: Any, what: str = "") -> Tensor:
     """This rank's part (numel / world,) of the mean over the ranks of `whole` (numel,), which is spoiled.
 
     numel must divide evenly. What a layer-wise engine does with a gradient as soon as the backward has it; it divides
-    before it sums, as DeepSpeed does, so that both round alike.
+    before it sums, as DeepSpeed does, so that both round alike. what: it is, for the error when a rank is gone.
     """
     world, wire = dist.get_world_size(group), _wire(whole.device, group)
     part = torch.empty(whole.numel() // world, dtype=whole.dtype, device=wire)
     # torch 2.13 renamed it and warns about the old name.
     reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-    reduce_scatter(part, whole.div_(world).to(wire), group=group)
+    try:
+        reduce_scatter(part, whole.div_(world).to(wire), group=group)
+    except RuntimeError as error:
+        raise _lost(reduce_scatter.__name__, group, [what], error) from error
     return part.to(whole.device)

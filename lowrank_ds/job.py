@@ -48,6 +48,11 @@ class Job:
     micro_batches: int = 0
 
     @property
+    def name(self) -> str:
+        """The matrix' name."""
+        return self.key[1]
+
+    @property
     def size(self) -> int:
         """About how many numbers are alive for this matrix beside what is stored: bases, directions, a G to factorise.
 

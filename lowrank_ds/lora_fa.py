@@ -134,7 +134,7 @@ class LoRAFA(LowRankOptimizer):
                 layout, entries = engines.part(adapter.a_name, adapter.a)
                 device = entries.device
                 everyone, size = _Everyone(layout.group, layout.world > 1), layout.shape[0] * layout.shape[1]
-                tasks[name] = Task(everyone, _whole(layout, entries), size)
+                tasks[name] = Task(everyone, _whole(layout, entries), size, adapter.a_name)
         if not tasks:
             return
         rows = dict(zip(tasks, run_all(tasks.values(), device, _BUCKET), strict=True))

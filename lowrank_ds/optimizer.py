@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowrank_ds import accumulate, engines, pipeline
+from lowrank_ds import accumulate, agreement, engines, failures, pipeline
 from lowrank_ds.binding import BoundGroups
-from lowrank_ds.collectives import Task, run_all
+from lowrank_ds.collectives import Task, run_all, several
 from lowrank_ds.groups import logger
 from lowrank_ds.job import Job
 from lowrank_ds.linalg import LARGEST_GRADIENT
@@ -54,6 +54,8 @@ class LowRankOptimizer(BoundGroups):
         self._warned: set[str] = set()
         self._loads: dict[Any, dict[int, float]] = {}  # exact SVDs given to each rank in this step
         self._in_backward: InBackward | None = None
+        self._errors: list[Exception] = []  # of this rank, raised when the others need nothing more of it
+        self._broken: BaseException | None = None  # what ended a step in its middle
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; between micro-batches it has what was summed in the subspace.
@@ -68,6 +70,11 @@ class LowRankOptimizer(BoundGroups):
         where = deepspeed_files.describe(self)
         return super().state_dict() | ({} if where is None else {deepspeed_files.KEY: where})
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the base; a step that failed midway is made good."""
+        super().load_state_dict(state_dict)
+        self._broken = None
+
     # -- the step -----------------------------------------------------------------------------------------------
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -75,7 +82,9 @@ class LowRankOptimizer(BoundGroups):
 
         Raises:
             RuntimeError: a ZeRO partition without gradient, or a sparse gradient.
-            ValueError: a learning rate that is not finite.
+            ValueError: a learning rate that is not finite. (Both: of several ranks, this one still takes part in the
+                step, which then updates nothing that it shares, so that no other rank waits for it.)
+            RankError: another rank has ended, hangs or does something else.
         """
         if self._in_backward is not None:
             return self._in_backward.step(closure)
@@ -103,24 +112,56 @@ class LowRankOptimizer(BoundGroups):
 
         clip: scales the gradients in a list of (slot, group, gradient entries, weight entries), in place.
         """
+        if self._broken is not None:
+            raise failures.broken(type(self).__name__, self._broken)
         places = list(places)
         self._copies.clear()  # of an update that raised: written back now they would undo what came since
         self._fold(place for place in places if self._sketches(*place))
         work = [item for group, index in places for item in self._work(group, index)]
         if not work:
+            self._raise_errors()
             return False
         if engines.before_reduction(slot.host for slot, *_ in work if slot.layout.group is None):
             self._warn_once("in backward", engines.BEFORE_REDUCTION)
         if clip is not None:
             clip(work)
-        self._run(self._jobs(work))
+        try:
+            jobs = self._jobs(work)
+        except failures.RankError:
+            self._raise_errors()  # the better one of the two
+            raise
+        try:
+            self._run(jobs)
+        except BaseException as error:
+            self._broken = error if several() else None
+            raise
+        if self._in_backward is None:  # a rank that left the backward would be missing there
+            self._raise_errors()
         return True
+
+    def _raise_errors(self) -> None:
+        """Raise what went wrong on this rank before the exchanges that it still took part in."""
+        errors, self._errors = self._errors, []
+        if errors:
+            raise errors[0]
+
+    def _spoiled(self, error: Exception, weight: Tensor) -> Tensor:
+        """In place of a gradient that this rank cannot give: one that makes every rank skip this tensor's update.
+
+        `error` is raised at once where nobody waits for this rank, else when the step is over.
+        """
+        if not several():
+            raise error
+        self._errors.append(error)
+        return torch.full_like(weight, math.nan)
 
     def _run(self, jobs: list[tuple[Slot, Job]]) -> None:
         for device in _devices(job.weight for _, job in jobs):
             tasks = [(s, job) for s, job in jobs if job.weight.device == device]
             self._mirror_bases([job for _, job in tasks], device)
-            updates = [Task(job.layout, pipeline.update(job, slot.projected), job.size) for slot, job in tasks]
+            updates = [
+                Task(job.layout, pipeline.update(job, slot.projected), job.size, slot.name) for slot, job in tasks
+            ]
             run_all(updates, device, _BUCKET)
         while self._copies:
             weight, copy = self._copies.pop()
@@ -171,7 +212,7 @@ class LowRankOptimizer(BoundGroups):
                 slot.micro_batches += 1
                 slot.write_counters()
                 job = self._job(slot, group, recipe, grad, weight, False, advance=False)
-                tasks.setdefault(weight.device, []).append(Task(job.layout, accumulate.fold(job), job.size))
+                tasks.setdefault(weight.device, []).append(Task(job.layout, accumulate.fold(job), job.size, slot.name))
             engines.drop_grad(host)
         for device, found in tasks.items():
             run_all(found, device, _BUCKET)
@@ -201,9 +242,12 @@ class LowRankOptimizer(BoundGroups):
         """Exact SVDs of replicated matrices: each replica computes its share, then all get all."""
         due_now = [job for job in jobs if job.refresh and job.layout.mirror and job.recipe.subspace.method == "svd"]
         mine = [job for job in due_now if job.replica == job.layout.mirror.rank]
-        bases = run_all([Task(job.layout, pipeline.new_basis(job), job.size) for job in mine], device, _BUCKET)
-        known = {id(job): basis for job, basis in zip(mine, bases, strict=True)}
-        shares = [Task(job.layout.mirror, pipeline.mirror_basis(job, known.get(id(job))), job.size) for job in due_now]
+        tasks = [Task(job.layout, pipeline.new_basis(job), job.size, job.name) for job in mine]
+        known = {id(job): basis for job, basis in zip(mine, run_all(tasks, device, _BUCKET), strict=True)}
+        shares = [
+            Task(job.layout.mirror, pipeline.mirror_basis(job, known.get(id(job))), job.size, job.name)
+            for job in due_now
+        ]
         run_all(shares, device, _BUCKET)
 
     def _work(self, group: dict[str, Any], index: int) -> list[tuple[Slot, dict, Tensor | None, Tensor]]:
@@ -211,9 +255,10 @@ class LowRankOptimizer(BoundGroups):
 
         The gradient is None where all of it was summed in the subspace.
         """
-        if not math.isfinite(self.learning_rate(group, 1)):
-            raise ValueError(f"{type(self).__name__}: the learning rate is {group['lr']}; check the scheduler.")
-        host = group["params"][index]
+        host, rate = group["params"][index], self.learning_rate(group, 1)
+        unknown = None if math.isfinite(rate) else ValueError(f"{type(self).__name__}: {_NO_RATE.format(rate)}")
+        if unknown is not None and not several():
+            raise unknown
         if not host.requires_grad and not engines.has_grad(host):
             return []  # frozen: no state either
         slots = self._bind(group, index)
@@ -221,9 +266,13 @@ class LowRankOptimizer(BoundGroups):
         grad = None if summed and not engines.has_grad(host) else self._gradient(host, slots)
         if grad is None and not summed:
             return []
-        if grad is not None and grad.is_sparse:
-            raise RuntimeError(f"{slots[0].name} has a sparse gradient; use nn.Embedding(sparse=False).")
-        weight, grad = engines.local(host).detach(), None if grad is None else grad.detach().contiguous().view(-1)
+        weight = engines.local(host).detach()
+        if unknown is not None:
+            grad = self._spoiled(unknown, weight)
+        elif grad is not None and grad.is_sparse:
+            what = f"{slots[0].name} has a sparse gradient; use nn.Embedding(sparse=False)."
+            grad = self._spoiled(RuntimeError(what), weight)
+        grad = None if grad is None else grad.detach().contiguous().view(-1)
         weight = weight if weight.is_contiguous() else self._staged(weight)
         return [
             (slot, group, None if grad is None else slot.entries(grad), slot.entries(weight.view(-1))) for slot in slots
@@ -242,10 +291,11 @@ class LowRankOptimizer(BoundGroups):
                 return None
             return torch.zeros_like(host) if host.grad is None else host.grad
         if not engines.has_grad(host) and not engines.is_dtensor(host) and any(slot.layout.shared for slot in slots):
-            raise RuntimeError(
+            error = RuntimeError(
                 f"the partition that holds {slots[0].name} has no gradient: call engine.backward(loss) and "
                 "engine.step() (not loss.backward() and optimizer.step())."
             )
+            return self._spoiled(error, engines.local(host))
         return engines.local_grad(host) if engines.has_grad(host) else None
 
     def _staged(self, weight: Tensor) -> Tensor:
@@ -257,7 +307,8 @@ class LowRankOptimizer(BoundGroups):
         """Decide for each matrix, equally on all ranks, whether it steps and refreshes."""
         recipes = {id(group): self.recipe(group) for group in self.param_groups}
         asked = [i for i, (slot, g, _, _) in enumerate(work) if slot.step == 0 or due(slot, recipes[id(g)])]
-        surveys = dict(zip(asked, self._survey([work[i] for i in asked]), strict=True))
+        facts = [self._facts(*work[i][:2]) for i in asked]
+        surveys = dict(zip(asked, agreement.survey([work[i] for i in asked], facts), strict=True))
         jobs = []
         for i, (slot, group, grad, weight) in enumerate(work):
             recipe = recipes[id(group)]
@@ -298,27 +349,28 @@ class LowRankOptimizer(BoundGroups):
                 slot.moment_step = 0
         job = Job(
             slot.layout, recipe, grad, weight, slot.state, (group["seed"], slot.name), step, slot.moment_step + 1,
-            self.learning_rate(group, step), float(group["weight_decay"]), refresh, count, slot.layout.rank,
+            self._rate(group, step), float(group["weight_decay"]), refresh, count, slot.layout.rank,
             group["stochastic_rounding"], micro_batches=slot.micro_batches,
         )  # fmt: skip
         if advance:
             slot.step, slot.moment_step, slot.micro_batches = step, slot.moment_step + 1, 0
         return job
 
-    def _survey(self, work: list) -> list[tuple[float, float, float]]:
-        """(unusable, non-zero, skipped so far) of each gradient over all ranks: one all-reduce and one read for all."""
-        found: dict[int, list[float]] = {}
-        for device in _devices(weight for *_, weight in work):
-            here = [i for i, (*_, weight) in enumerate(work) if weight.device == device]
-            tasks = [Task(work[i][0].layout, pipeline.survey(work[i][2], work[i][0].state), 1) for i in here]
-            found |= dict(zip(here, torch.stack(run_all(tasks, device, _BUCKET)).tolist(), strict=True))
-        return [found[i] for i in range(len(work))]
+    def _rate(self, group: dict[str, Any], step: int) -> float:
+        """The learning rate of step 1, 2, ...; 0 where there is none, so that decay leaves the weights alone."""
+        rate = self.learning_rate(group, step)
+        return rate if math.isfinite(rate) else 0.0
+
+    def _facts(self, slot: Slot, group: dict[str, Any]) -> list[float]:
+        """What must be the same on all ranks that share a matrix, in the order of `agreement.FACTS`."""
+        return [self._rate(group, slot.step + 1), float(group["weight_decay"]), slot.step, slot.refreshes]
 
     def _report_skipped(self, slot: Slot) -> None:
         self._warn_once(
             slot.name,
-            f"{slot.name}: the gradient is not finite (or larger than {LARGEST_GRADIENT:.0e}), seen at step "
-            f"{slot.step}; its basis is kept and the update skipped. optimizer.skipped() counts such steps.",
+            f"{slot.name}: the gradient is not finite (or larger than {LARGEST_GRADIENT:.0e}; or some rank had an "
+            f"error of its own and gave none), seen at step {slot.step}; its basis is kept and the update skipped. "
+            "optimizer.skipped() counts such steps.",
         )
 
     def skipped(self) -> dict[str, int]:
@@ -331,6 +383,8 @@ class LowRankOptimizer(BoundGroups):
             self._warned.add(key)
             logger.warning("%s: %s", type(self).__name__, message)
 
+
+_NO_RATE = "the learning rate is {}; check the scheduler."
 
 _IDLE = (
     "compress_accumulation (accumulation_compression_rank) has no effect: nothing was summed in the subspace before "

@@ -183,18 +183,6 @@ def _basis(job: Job, side) -> Steps:
     return basis, _live(job, peaks)
 
 
-def survey(grad: Tensor | None, state: dict[str, Tensor]) -> Steps:
-    """[ranks with unusable entries, ranks with non-zero ones, updates skipped so far] (3,), known to every rank.
-
-    grad: entries (numel,), None when all of it is in the sums of micro-batches.
-    """
-    sums, skipped = state.get("accumulated_peak"), state["skipped"]
-    mine = torch.zeros_like(skipped) if grad is None else linalg.peak(grad)
-    mine = mine if sums is None else torch.maximum(mine, sums)
-    found = yield Sum(torch.stack([~linalg.is_usable(mine), mine != 0]).float())
-    return torch.cat([found, skipped.view(1)])
-
-
 def _live(job: Job, peaks: Tensor) -> Tensor:
     """1.0 if the whole gradient can be used, 0.0 if not (then it is counted), on the device."""
     largest = peaks.max()

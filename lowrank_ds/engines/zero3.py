@@ -154,7 +154,8 @@ def _take(host: Tensor) -> None:
     missing = host.ds_tensor.numel() * dist.get_world_size(host.ds_process_group) - whole.numel()
     if missing:
         whole = torch.cat([whole, whole.new_zeros(missing)])
-    mine = collectives.mean_scattered(whole, host.ds_process_group)[: end - first].to(piece.kept)
+    what = f"the gradient of a parameter of shape {tuple(host.ds_shape)}"
+    mine = collectives.mean_scattered(whole, host.ds_process_group, what)[: end - first].to(piece.kept)
     piece.grad = mine if piece.grad is None else piece.grad.add_(mine)
 
 
