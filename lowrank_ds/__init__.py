@@ -17,6 +17,7 @@ from lowrank_ds.algorithms import (
     Flora,
     GaLoreAdafactor,
     GaLoreAdamW,
+    GaLoreAdamW8bit,
     Lomo,
 )
 from lowrank_ds.backward import layerwise
@@ -40,6 +41,7 @@ __all__ = [
     "Flora",
     "GaLoreAdafactor",
     "GaLoreAdamW",
+    "GaLoreAdamW8bit",
     "LoRAFA",
     "Lomo",
     "RankError",

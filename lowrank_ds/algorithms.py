@@ -12,7 +12,7 @@ from typing import Any
 
 from lowrank_ds.optimizer import LowRankOptimizer
 from lowrank_ds.options import COMMON
-from lowrank_ds.recipe import Accumulation, Momentum, Recipe
+from lowrank_ds.recipe import Accumulation, Momentum, Recipe, Storage
 from lowrank_ds.residual import Drop, ScaleGradient, ScaleResidual
 from lowrank_ds.rules import SGD, Adafactor, Adam
 from lowrank_ds.subspace import Subspace
@@ -52,6 +52,16 @@ def _check_storage(how: Subspace, storage: str | None) -> None:
             f"projector_storage={storage!r} does not go with subspace={how.method!r}: gaussian bases are drawn again "
             'from their seed ("seed"), others are stored ("sharded" or "replicated"). Leave it out to get what fits.'
         )
+
+
+def _storage(group: Mapping[str, Any]) -> Storage:
+    """How state is kept between steps."""
+    if group["projector_dtype"] != "fp32" and group["rank"] is not None and group["subspace"] == "gaussian":
+        raise ValueError(
+            f'projector_dtype={group["projector_dtype"]!r}: subspace="gaussian" stores no projector, it is drawn again '
+            "from its seed. Leave projector_dtype out."
+        )
+    return Storage(group["moments"], group["projector_dtype"], group["min_8bit_size"])
 
 
 def _exact_sums(group: Mapping[str, Any]) -> Accumulation | None:
@@ -136,7 +146,20 @@ class GaLoreAdamW(_AdamW):
     @classmethod
     def recipe(cls, group: Mapping[str, Any]) -> Recipe:
         """Adam in the subspace, residual dropped."""
-        return Recipe(_adam(group), _subspace(group), Drop(group["scale"]), accumulation=_exact_sums(group))
+        return Recipe(
+            _adam(group), _subspace(group), Drop(group["scale"]), accumulation=_exact_sums(group),
+            storage=_storage(group),
+        )  # fmt: skip
+
+
+class GaLoreAdamW8bit(GaLoreAdamW):
+    """GaLore with 8-bit moments (galore-torch's GaLoreAdamW8bit): of the coordinates and of plain parameters.
+
+    `GaLoreAdamW(moments="8bit")`, and its options. The package takes bitsandbytes' codes, in blocks that cross rows;
+    ours stay inside rows and are other codes (docs/low_bit.md), so its checkpoints do not fit.
+    """
+
+    OPTIONS = {**GaLoreAdamW.OPTIONS, "moments": "8bit"}
 
 
 class GaLoreAdafactor(_Adafactor):
@@ -153,7 +176,10 @@ class GaLoreAdafactor(_Adafactor):
         """Adafactor in the subspace, residual dropped."""
         if group["rank"] is not None and group["on_refresh"] == "rotate" and not group["beta1"]:
             raise ValueError('on_refresh="rotate" moves the momentum, and beta1 is null: there is none. Set beta1.')
-        return Recipe(_adafactor(group), _subspace(group), Drop(group["scale"]), accumulation=_exact_sums(group))
+        return Recipe(
+            _adafactor(group), _subspace(group), Drop(group["scale"]), accumulation=_exact_sums(group),
+            storage=_storage(group),
+        )  # fmt: skip
 
 
 class FiraAdamW(_AdamW):
@@ -174,7 +200,8 @@ class FiraAdamW(_AdamW):
         _orthonormal(how, "Fira's residual")
         _no_exact_sums(group, "Fira's residual is the rest of the gradient")
         limiter = math.inf if group["limiter"] is None else group["limiter"]
-        return Recipe(_adam(group), how, ScaleResidual(group["alpha"], group["residual"], group["scaling"], limiter))
+        residual = ScaleResidual(group["alpha"], group["residual"], group["scaling"], limiter)
+        return Recipe(_adam(group), how, residual, storage=_storage(group))
 
 
 class ApolloAdamW(_AdamW):
@@ -200,7 +227,7 @@ class ApolloAdamW(_AdamW):
         _no_exact_sums(group, "APOLLO scales the whole gradient")
         growth = None if group["disable_nl"] else 1.01
         scaled = ScaleGradient(group["scale"], group["scale_type"] == "channel", growth, group["scale_front"])
-        return Recipe(_adam(group), _subspace(group), scaled)
+        return Recipe(_adam(group), _subspace(group), scaled, storage=_storage(group))
 
 
 class ApolloMini(ApolloAdamW):
@@ -216,7 +243,9 @@ class Flora(_Adafactor):
 
     Options are flora-opt's, in its order. beta1 defaults to 0.9 (the package's default None keeps no momentum, hence
     compresses nothing; asking for it together with a rank raises). Matrices of any aspect ratio are compressed (the
-    package leaves those with max/min > 4 alone without saying so).
+    package leaves those with max/min > 4 alone without saying so). quantization=True keeps the momentum (and the second
+    moment, where it is not factored) in 8 bits, as the package does with bitsandbytes; matrices with fewer than
+    min_8bit_size entries stay fp32.
     """
 
     OPTIONS = {
@@ -224,7 +253,7 @@ class Flora(_Adafactor):
         "beta1": 0.9, "weight_decay": 0.0, "scale_parameter": True, "relative_step": None, "warmup_init": False,
         "factorize_second_moment": True, "seed": 0, "quantization": False,
         **{k: COMMON[k] for k in ("proj_type", "target_modules", "exclude", "matricize", "stochastic_rounding")},
-        "accumulation_compression_rank": None,
+        "accumulation_compression_rank": None, "min_8bit_size": COMMON["min_8bit_size"],
     }  # fmt: skip
 
     @classmethod
@@ -242,7 +271,8 @@ class Flora(_Adafactor):
         sketch = None if how is None else group["accumulation_compression_rank"]
         sums = None if sketch is None else Accumulation(sketch)
         momentum = None if how is None else Momentum(group["beta1"])
-        return Recipe(rule, how, momentum=momentum, accumulation=sums)
+        storage = Storage("8bit" if group["quantization"] else "fp32", smallest=group["min_8bit_size"])
+        return Recipe(rule, how, momentum=momentum, accumulation=sums, storage=storage)
 
 
 class _Unprojected(LowRankOptimizer):
@@ -307,4 +337,4 @@ class AdaLomo(_Unprojected):
         return Recipe(_adafactor(group, beta1=None, scale_parameter=True))
 
 
-ALGORITHMS = (GaLoreAdamW, GaLoreAdafactor, FiraAdamW, ApolloAdamW, ApolloMini, Flora, Lomo, AdaLomo)
+ALGORITHMS = (GaLoreAdamW, GaLoreAdafactor, FiraAdamW, ApolloAdamW, ApolloMini, Flora, Lomo, AdaLomo, GaLoreAdamW8bit)

@@ -12,10 +12,12 @@ the lines that two ranks touch (rows that a flat cut splits).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowrank_ds.requests import Exchange, Gather, Steps
@@ -124,10 +126,11 @@ class Axis:
         part = common(touched, kept)
         return (within(part, touched), within(part, kept)) if part[1] > part[0] else (slice(0, 0), slice(0, 0))
 
-    def complete(self, partial: Tensor) -> Steps:
+    def complete(self, partial: Tensor, combine: Callable[[Tensor, Tensor], Tensor] = torch.add) -> Steps:
         """Add up partial per-line values (touched, w) of all ranks. Answers (kept, w).
 
         Contributions are added in rank order, so ranks that keep the same line get bit-identical values.
+        combine: what two contributions become; torch.maximum, say, of values >= 0.
         """
         if not self.crossed:
             return partial
@@ -137,15 +140,15 @@ class Axis:
         answer = yield Exchange(sends, sizes)
         pieces = {j: (lines, answer[j].view(-1, width)) for j, lines in self.incoming.items()}
         if self.settled:
-            return self._add_shared_lines(partial, pieces)
+            return self._combine_shared_lines(partial, pieces, combine)
         pieces[self.rank] = (self.here[1], partial[self.here[0]])
         total = partial.new_zeros(self.count, width)
         for j in sorted(pieces):
             lines, values = pieces[j]
-            total[lines] += values
+            total[lines] = combine(total[lines], values)
         return total
 
-    def _add_shared_lines(self, partial: Tensor, pieces: dict[int, tuple[slice, Tensor]]) -> Tensor:
+    def _combine_shared_lines(self, partial: Tensor, pieces: dict[int, tuple[slice, Tensor]], combine) -> Tensor:
         """Replace the lines that others touch too by the sums, in place; all other lines stay where they are."""
         alone = {i: partial[i].clone() for lines, _ in pieces.values() for i in range(lines.start, lines.stop)}
         for i, mine in alone.items():
@@ -153,7 +156,7 @@ class Axis:
                 j: values[i - lines.start] for j, (lines, values) in pieces.items() if lines.start <= i < lines.stop
             }
             parts[self.rank] = mine
-            partial[i] = sum(parts[j] for j in sorted(parts))
+            partial[i] = reduce(combine, (parts[j] for j in sorted(parts)))
         return partial
 
     def spread_requests(self, kept: Tensor) -> tuple[Gather, ...]:
@@ -178,14 +181,17 @@ class Axis:
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """The shape of one fp32 state tensor: (lines kept here, *rest), (*rest) without an axis, or the entries' own.
+    """The shape and type of one state tensor: (lines kept here, *rest), (*rest) without an axis, or the entries' own.
 
     entries: the state has one value per entry of the parameter that is held here, and its shape.
+    code: how the numbers are coded (`lowbit.py`), None for numbers as they are.
     """
 
     axis: Axis | None = None
     rest: tuple[int, ...] = ()
     entries: bool = False
+    dtype: torch.dtype = torch.float32
+    code: Any = None
 
     @property
     def local(self) -> tuple[int, ...]:

@@ -110,7 +110,7 @@ class BoundGroups(NamedGroups):
         unknown = sorted(set(theirs) - set(self.OPTIONS) - options.TOLERATED - set(ours))
         if unknown:
             raise ValueError(f"{where}: has {', '.join(unknown)}: it was saved by another optimizer.")
-        for name in ("rank", "proj_type", "subspace", "matricize", "seed"):
+        for name in _SHAPING:
             if name in theirs and theirs[name] != ours[name]:
                 raise ValueError(
                     f"{where}: {name} is {theirs[name]!r}, but this optimizer was built with {ours[name]!r}. The state "
@@ -120,6 +120,11 @@ class BoundGroups(NamedGroups):
         own = ("param_names", "projector_storage", "compile", "compress_accumulation", "accumulation_compression_rank")
         kept = {k: v for k, v in theirs.items() if k not in own}
         return {**{k: v for k, v in ours.items() if k != "params"}, **kept}
+
+
+# options that decide what the state is: its shapes, types and meaning
+_SHAPING = ("rank", "proj_type", "subspace", "matricize", "seed", "moments", "projector_dtype", "min_8bit_size",
+            "quantization")  # fmt: skip
 
 
 def _same(bound: Mapping[str, Tensor], store: Mapping[str, Tensor]) -> bool:

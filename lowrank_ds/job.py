@@ -26,7 +26,8 @@ class Job:
     state: the matrix's state tensors. step: 1, 2, ...; moment_step: the same since moments were last reset.
     lr, weight_decay: of this step. refresh: whether a new basis is due; refresh_count: bases drawn before this step;
     owner: the rank that computes an exact SVD; replica: the one it does so in (`Layout.mirror`); fresh: the basis from
-    another replica. key: (run seed, parameter name), the source of all randomness.
+    another replica. key: (run seed, parameter name), the source of all randomness. live: 1.0, or 0.0 (0-d) when the
+    gradient turned out not to be usable.
     """
 
     layout: Layout
@@ -44,6 +45,7 @@ class Job:
     owner: int = 0
     stochastic_rounding: bool = True
     replica: int = 0
+    live: Tensor | None = None
     fresh: dict[str, Tensor] | None = None
     micro_batches: int = 0
 
@@ -63,7 +65,8 @@ class Job:
         if how is None or self.recipe.momentum is not None:  # the rule's own temporaries
             return 3 * m * n // self.layout.takers
         exact = self.refresh and how.method == "svd" and self.fresh is None
-        return m * n if exact else (m + n) * how.rank
+        decoded = 1 if self.recipe.storage.exact else 2
+        return m * n if exact else (m + n) * how.rank * decoded
 
 
 def where_live(live: Tensor, x: Tensor) -> Tensor:

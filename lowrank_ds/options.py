@@ -86,10 +86,10 @@ CHECKS: dict[str, Check] = {
     "relative_step": ((lambda v: v is None or isinstance(v, bool)), "true or false"),
     "warmup_init": _BOOLEAN,
     "factorize_second_moment": _BOOLEAN,
-    "quantization": (
-        (lambda v: v is False),
-        "false: 8-bit states are not in this release (flora-opt's quantization=True needs them)",
-    ),
+    "quantization": _BOOLEAN,
+    "moments": _choice("fp32", "8bit"),
+    "projector_dtype": _choice("fp32", "8bit", "4bit"),
+    "min_8bit_size": ((lambda v: _integer(v, 0)), "a whole number >= 0"),
     "clip_grad_norm": (
         (lambda v: v is None),
         "null: no update may start before the global norm is known. Use lowrank_ds.layerwise(model, optimizer, "
@@ -133,6 +133,9 @@ COMMON: dict[str, Any] = {
     "seed": 0,
     "stochastic_rounding": True,
     "compress_accumulation": False,
+    "moments": "fp32",
+    "projector_dtype": "fp32",
+    "min_8bit_size": 4096,
 }
 
 # Keys other libraries put into param groups; harmless here.

@@ -13,14 +13,15 @@ moments and weights stay (decoupled weight decay, which does not depend on the g
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from lowrank_ds import accumulate, linalg
+from lowrank_ds import accumulate, linalg, lowbit
 from lowrank_ds.axis import ENTRIES, SCALAR, Stored
 from lowrank_ds.job import Job, pieces, where_live, write, write_entries, write_piece
-from lowrank_ds.layout import Layout
+from lowrank_ds.layout import Block, Layout
 from lowrank_ds.lines import Lines
 from lowrank_ds.projection import Left, Right, TwoSided, choose
 from lowrank_ds.recipe import Recipe
@@ -37,14 +38,24 @@ def update(job: Job, projected: bool) -> Steps:
         return (yield from corrected_gradient(job))
     if job.micro_batches and job.recipe.accumulation.rank is not None:
         job.grad, job.micro_batches = (yield from accumulate.restored(job)), 0
-    return (yield from (compressed_momentum(job) if job.recipe.momentum else projected_gradient(job)))
+    step = compressed_momentum if job.recipe.momentum else projected_gradient
+    return (yield from (step(job) if job.recipe.storage.exact else _low_bit(job, step)))
+
+
+def _low_bit(job: Job, step: Callable[[Job], Steps], projected: bool = True) -> Steps:
+    """A step on state that is kept as codes."""
+    opened = yield from lowbit.opened(job, state_shapes(job.layout, job.recipe, projected))
+    job = dataclasses.replace(job, state=opened)
+    yield from step(job)
+    yield from lowbit.closed(job, opened)
 
 
 # --- state -----------------------------------------------------------------------------------------------------------
 def state_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, Stored]:
-    """{state name: shape} of the fp32 tensors kept for one matrix."""
+    """{state name: shape and type} of the tensors kept for one matrix."""
     sums = accumulate.state_shapes(layout, recipe) if projected else {}
-    return _rule_shapes(layout, recipe, projected) | sums | {"skipped": SCALAR}
+    shapes = lowbit.state_shapes(_rule_shapes(layout, recipe, projected), layout, recipe.storage)
+    return shapes | sums | {"skipped": SCALAR}
 
 
 def _rule_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, Stored]:
@@ -96,10 +107,19 @@ def projected_gradient(job: Job) -> Steps:
         coords = yield from _without_noise(coords, side.lines)
     squares = None if squares is None else where_live(live, squares)
     direction, correction, scale = yield from _direction(job, coords, side.lines, live)
-    factor, direction = yield from recipe.residual.combine(coords, direction, squares, state, side.lines, live)
+    inside = yield from _inside(job, side, basis, coords)
+    factor, direction = yield from recipe.residual.combine(coords, direction, squares, state, side.lines, live, inside)
     factor, direction = (None if x is None else where_live(live, x) for x in (factor, direction))
     factor, direction = yield from side.spread(factor, direction)
     write(job, side, basis, job.grad, factor, direction, job.lr * correction, scale, live)
+
+
+def _inside(job: Job, side, basis, coords: Tensor) -> Steps:
+    """|B r|^2 of each line (kept,), where a residual asks for it and rounding left B not quite orthonormal."""
+    if job.recipe.storage.projector == "fp32" or not job.recipe.residual.needs_inside:
+        return None
+    gram = yield from side.overlap(basis, basis)
+    return ((coords @ gram) * coords).sum(1)
 
 
 def _coordinates(job: Job, side, basis) -> Steps:
@@ -122,7 +142,7 @@ def _refresh(job: Job, side) -> Steps:
     old = {k: v.clone() for k, v in (yield from _gathered(side, state)).items()} if rotate else {}
     bases = job.fresh if job.fresh is not None else (yield from new_basis(job, warm))
     for which, basis in bases.items():
-        state[side.bases[which]].copy_(basis)
+        lowbit.put_basis(state, side.bases[which], basis)
     if how.on_refresh == "reset":
         _reset(job)
     elif rotate:
@@ -188,7 +208,7 @@ def _live(job: Job, peaks: Tensor) -> Tensor:
     largest = peaks.max()
     if job.micro_batches:
         largest = torch.maximum(largest, job.state["accumulated_peak"])
-    live = linalg.is_usable(largest).float()
+    job.live = live = linalg.is_usable(largest).float()
     job.state["skipped"].add_(1 - live)
     return live
 
@@ -279,10 +299,17 @@ def corrected_gradient(job: Job) -> Steps:
 # --- parameters that are not projected ------------------------------------------------------------------------------
 def plain(job: Job) -> Steps:
     """The recipe's rule on the parameter itself: biases, norms, embeddings."""
+    shapes = {} if job.recipe.storage.exact else state_shapes(job.layout, job.recipe, False)
+    coded = [name for name, stored in shapes.items() if stored.code is not None]
     if isinstance(job.recipe.rule, Adafactor):
-        update, live, scale = yield from _full_adafactor(job)
-        return write_entries(job, where_live(live, update), job.lr, scale)
-    return _elementwise(job, _live(job, (yield accumulate.ask_peaks(job))))
+        return (yield from (_low_bit(job, _plain_adafactor, False) if coded else _plain_adafactor(job)))
+    live = _live(job, (yield accumulate.ask_peaks(job)))
+    return (yield from _coded_elementwise(job, live, coded)) if coded else _elementwise(job, live)
+
+
+def _plain_adafactor(job: Job) -> Steps:
+    update, live, scale = yield from _full_adafactor(job)
+    write_entries(job, where_live(live, update), job.lr, scale)
 
 
 def _elementwise(job: Job, live: Tensor) -> None:
@@ -290,10 +317,34 @@ def _elementwise(job: Job, live: Tensor) -> None:
     rule = job.recipe.rule
     state = {name: job.state[name].view(-1) for name in _full_shapes(job.layout, rule)}
     for piece in pieces(job):
-        part = piece.entries
-        grad = where_live(live, job.grad[part].float())
-        update = rule.update(grad, {name: tensor[part] for name, tensor in state.items()}, live)
-        write_piece(job, piece, where_live(live, update), job.lr * rule.correction(job.step), None)
+        update = _piece_update(job, piece, {name: tensor[piece.entries] for name, tensor in state.items()}, live)
+        write_piece(job, piece, update, job.lr * rule.correction(job.step), None)
+
+
+def _coded_elementwise(job: Job, live: Tensor, names: list[str]) -> Steps:
+    """The same with moments kept as codes. Pieces of rows that are divided are updated twice: the ranks must agree on
+    the scales before anyone can round."""
+    codes = lowbit.EntryCodes(job, names)
+    yield from codes.fetch()
+    for piece in filter(codes.is_cut, pieces(job)):
+        moments = {name: codes.read(name, piece) for name in names}
+        _piece_update(job, piece, {name: values.view(-1) for name, values in moments.items()}, live)
+        codes.measure(piece, moments)
+    yield from codes.agree()
+    for piece in pieces(job):
+        moments = {name: codes.read(name, piece) for name in names}
+        update = _piece_update(job, piece, {name: values.view(-1) for name, values in moments.items()}, live)
+        if not codes.is_cut(piece):
+            codes.measure(piece, moments)
+        codes.write(piece, moments)
+        write_piece(job, piece, update, job.lr * job.recipe.rule.correction(job.step), None)
+    codes.close()
+
+
+def _piece_update(job: Job, piece: Block, state: dict[str, Tensor], live: Tensor) -> Tensor:
+    """The rule's direction (entries,) for a piece of the entries, and its moments moved in place."""
+    grad = where_live(live, job.grad[piece.entries].float())
+    return where_live(live, job.recipe.rule.update(grad, state, live))
 
 
 def _full_adafactor(job: Job) -> Steps:

@@ -40,6 +40,26 @@ class Accumulation:
 
 
 @dataclass(frozen=True)
+class Storage:
+    """How state is kept between steps (`lowbit.py`); the mathematics always sees fp32.
+
+    Args:
+        moments: "fp32" or "8bit": exp_avg and exp_avg_sq, of plain parameters too.
+        projector: "fp32", "8bit" or "4bit".
+        smallest: matrices with fewer entries (all ranks' together) stay fp32.
+    """
+
+    moments: str = "fp32"
+    projector: str = "fp32"
+    smallest: int = 4096
+
+    @property
+    def exact(self) -> bool:
+        """Whether everything is kept as it is."""
+        return self.moments == "fp32" and self.projector == "fp32"
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How the projected matrices of a parameter group are trained, and the parameters beside them.
 
@@ -51,6 +71,7 @@ class Recipe:
         correction: set for LoRA-FA: what counts as projected is not, its gradient is multiplied from the right.
         decay_last: weight decay multiplies the updated weight, W <- (1 - lr wd) (W - lr U), as in peft's LoRA-FA.
         accumulation: how micro-batches are summed; None: as whole gradients, by the engine.
+        storage: how state is kept between steps.
     """
 
     rule: Adam | Adafactor | SGD
@@ -61,3 +82,4 @@ class Recipe:
     correction: Correction | None = None
     decay_last: bool = False
     accumulation: Accumulation | None = None
+    storage: Storage = Storage()

@@ -43,14 +43,21 @@ class Drop:
     """GaLore: the residual is dropped. U = scale * N B^T."""
 
     scale: float = 1.0
-    needs_squares = False
+    needs_squares = needs_inside = False
 
     def state_shapes(self) -> dict[str, Stored]:
         """{state name: shape}: none."""
         return {}
 
     def combine(
-        self, coords: Tensor, direction: Tensor, squares: Tensor | None, state: dict, lines: Lines, live
+        self,
+        coords: Tensor,
+        direction: Tensor,
+        squares: Tensor | None,
+        state: dict,
+        lines: Lines,
+        live: Tensor,
+        inside: Tensor | None = None,
     ) -> Steps:
         """(factor, direction) of the update."""
         return None, self.scale * direction
@@ -73,19 +80,30 @@ class ScaleResidual:
     form: str = "code"
     scaling: str = "column"
     growth: float = 1.01
-    needs_squares = True
+    needs_squares = needs_inside = True
 
     def state_shapes(self) -> dict[str, Stored]:
         """{state name: shape}; the limited norm of the previous residual."""
         return {"residual_norm": SCALAR}
 
     def combine(
-        self, coords: Tensor, direction: Tensor, squares: Tensor | None, state: dict, lines: Lines, live
+        self,
+        coords: Tensor,
+        direction: Tensor,
+        squares: Tensor | None,
+        state: dict,
+        lines: Lines,
+        live: Tensor,
+        inside: Tensor | None = None,
     ) -> Steps:
-        """(factor, direction) of the update. B is orthonormal, so |g - c B r|^2 = |g|^2 - (2c - c^2) |r|^2."""
+        """(factor, direction) of the update. |g - c B r|^2 = |g|^2 - 2c |r|^2 + c^2 |B r|^2, as r = B^T g.
+
+        inside: |B r|^2 of each line (lines,); None when B is orthonormal, then it is |r|^2.
+        """
         c = self.alpha if self.form == "code" else 1.0
         phi = yield from _ratio(coords, direction, lines, self.scaling == "column")
-        residual = squares - (2 * c - c * c) * coords.square().sum(1)
+        own = coords.square().sum(1)
+        residual = squares - ((2 * c - c * c) * own if inside is None else 2 * c * own - c * c * inside)
         pair = torch.stack([residual.clamp_min(0), squares], 1)
         totals = yield from lines.sum_over_lines(pair * phi.square().unsqueeze(1))
         # A gradient inside the subspace leaves a residual of rounding noise: not a norm to remember.
@@ -110,6 +128,7 @@ class ScaleGradient:
     per_channel: bool = True
     growth: float | None = 1.01
     scale_front: bool = False
+    needs_inside = False
 
     @property
     def needs_squares(self) -> bool:
@@ -121,7 +140,14 @@ class ScaleGradient:
         return {"residual_norm": SCALAR} if self.growth is not None else {}
 
     def combine(
-        self, coords: Tensor, direction: Tensor, squares: Tensor | None, state: dict, lines: Lines, live
+        self,
+        coords: Tensor,
+        direction: Tensor,
+        squares: Tensor | None,
+        state: dict,
+        lines: Lines,
+        live: Tensor,
+        inside: Tensor | None = None,
     ) -> Steps:
         """(factor, None): nothing is added inside the subspace."""
         s = yield from _ratio(coords, direction, lines, self.per_channel)

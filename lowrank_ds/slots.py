@@ -122,7 +122,7 @@ def _bind_stack(host, at, recipe: Recipe, projected: bool, stack: tuple[int, int
         here = at.here if stored.entries else (*lead, *stored.local)
         counter = name in COUNTERS and not lead
         known = loaded and not _new(name, name, store)
-        fresh = _fresh(name, here, "meta" if known else "cpu" if counter else device)
+        fresh = _fresh(name, here, stored.dtype, "meta" if known else "cpu" if counter else device)
         wrapped = at.wrap(fresh, stored, m, n)
         if known:
             _check_loaded(at.name, name, store, name, wrapped)
@@ -144,7 +144,7 @@ def _adopt(slot: Slot, recipe: Recipe, plain_shape: tuple[int, ...], store: dict
     for name, stored in _all_shapes(slot.layout, recipe, slot.projected).items():
         known = loaded and not _new(name, prefix + name, store)
         device = "meta" if known else "cpu" if name in COUNTERS else slot.host.device
-        fresh = _fresh(name, plain_shape if stored.entries else stored.local, device)
+        fresh = _fresh(name, plain_shape if stored.entries else stored.local, stored.dtype, device)
         if known:
             _check_loaded(slot.name, name, store, prefix + name, fresh)
         else:
@@ -180,8 +180,8 @@ def _new(name: str, key: str, store: Mapping[str, Tensor]) -> bool:
     return key not in store and name in ("accumulated", "accumulated_peak", "micro_batches")
 
 
-def _fresh(name: str, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
-    return torch.full(shape, math.inf if name == "residual_norm" else 0.0, dtype=torch.float32, device=device)
+def _fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    return torch.full(shape, math.inf if name == "residual_norm" else 0, dtype=dtype, device=device)
 
 
 def due(slot: Slot, recipe: Recipe) -> bool:

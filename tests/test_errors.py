@@ -62,7 +62,11 @@ CONSTRUCTOR = [
     (FiraAdamW, {"scaling": "row"}, r"scaling must be one of 'column', 'matrix'"),
     (FiraAdamW, {"limiter": 1.0}, r"limiter must be a growth factor > 1"),
     (ApolloAdamW, {"scale_type": "chanel"}, r"scale_type must be one of 'channel', 'tensor'"),
-    (Flora, {"lr": 0.1, "quantization": True}, r"quantization must be false: 8-bit states are not in this release"),
+    (Flora, {"lr": 0.1, "quantization": "8bit"}, r"quantization must be true or false; got '8bit'"),
+    (GaLoreAdamW, {"moments": "int8"}, r"moments must be one of 'fp32', '8bit'; got 'int8'"),
+    (GaLoreAdamW, {"projector_dtype": 4}, r"projector_dtype must be one of 'fp32', '8bit', '4bit'; got 4"),
+    (GaLoreAdamW, {"min_8bit_size": -1}, r"min_8bit_size must be a whole number >= 0; got -1"),
+    (ApolloAdamW, {"projector_dtype": "4bit"}, r"stores no projector.*Leave projector_dtype out"),
     (GaLoreAdafactor, {"lr": 0.1, "eps": 1e-8}, r"eps must be two numbers"),
     (GaLoreAdafactor, {"lr": 0.1, "decay_rate": 0.8}, r"decay_rate must be a number < 0"),
     # combinations that have no meaning

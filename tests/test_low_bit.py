@@ -1,0 +1,242 @@
+"""Low-bit state: codes and their errors, one step against float64, every cut alike, resume, misuse, bytes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import lowrank_ds
+from lowrank_ds import pipeline, quantize
+from lowrank_ds.job import Job
+from lowrank_ds.layout import Flat, Layout
+from lowrank_ds.requests import finish_alone
+from tests.simulation import layouts, run_ranks
+from tests.test_layout import entries_of, group_of, some_ranks
+
+EIGHT = {"moments": "8bit", "min_8bit_size": 0}
+FOUR = {**EIGHT, "projector_dtype": "4bit"}
+
+
+# -- codes ------------------------------------------------------------------------------------------------------------
+def spread_out(rows: int, width: int, signed: bool) -> Tensor:
+    """Numbers over six decades."""
+    generator = torch.Generator().manual_seed(rows + width)
+    x = torch.randn(rows, width, generator=generator) * 10 ** (3 - 6 * torch.rand(rows, width, generator=generator))
+    return x if signed else x.abs()
+
+
+def rounded(x: Tensor, signed: bool, step: int = 1, key: tuple = (0, "w", "exp_avg")) -> Tensor:
+    """x after being stored in 8 bits."""
+    scales, width = quantize.peaks(x, x.shape[1]), x.shape[1]
+    noise = quantize.dither(key, step, slice(0, x.shape[0]), slice(0, width), x.device)
+    return quantize.decode(quantize.encode(x, scales, signed, noise, width), scales, signed, width)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("width", [8, 255, 256, 300, 1000])
+def test_moments_keep_three_bits(width: int, signed: bool) -> None:
+    """Every entry above the smallest code is off by less than an eighth; a block's largest and zeros are exact."""
+    x = spread_out(20, width, signed)
+    x[3] = 0.0
+    x[4, : width // 2] = 0.0
+    found, scales = rounded(x, signed), quantize.peaks(x, width)
+    size = quantize.blocks(width)[1]
+    block = scales.repeat_interleave(size, 1)[:, :width]
+    normal = x.abs() > block * 2.0 ** (-15 if signed else -31)
+    assert normal.float().mean() > 0.5
+    assert ((found - x).abs() < x.abs() / 8)[normal].all()
+    assert ((found - x).abs() <= block * 2.0 ** (-15 if signed else -31))[~normal].all()
+    assert torch.equal(found[x == 0], torch.zeros(int((x == 0).sum())))
+    largest = x.abs() == block
+    assert torch.equal(found[largest], x[largest])
+    assert torch.equal(found.sign()[normal], x.sign()[normal])
+    if not signed:
+        assert (found[x > 0] > 0).all()  # a second moment that became zero would make its momentum an update of M / eps
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_rounding_is_right_on_average(signed: bool) -> None:
+    """Over the steps an entry's error averages out, much faster than random rounding's would."""
+    x = spread_out(16, 64, signed)
+    scale = quantize.peaks(x, 64)
+    x = torch.where(x.abs() > scale * (1e-4 if signed else 1e-8), x, scale)
+    steps = 256
+    mean = sum(rounded(x, signed, step).double() for step in range(steps)) / steps
+    worst = ((mean - x).abs() / x.abs()).max().item()
+    assert worst < 0.125 / math.sqrt(steps) / 2
+    nearest = (rounded(x, signed, 1) - x).abs() / x.abs()
+    assert nearest.max() > 0.05  # so that the average above is not of exact values
+
+
+def test_thresholds_belong_to_places() -> None:
+    """A part of an array has the thresholds of the whole; arrays and steps differ; all of [0, 1) is used."""
+    device = torch.device("cpu")
+    whole = quantize.dither((0, "w", "exp_avg"), 7, slice(0, 50), slice(0, 90), device)
+    part = quantize.dither((0, "w", "exp_avg"), 7, slice(11, 30), slice(40, 41), device)
+    assert torch.equal(part, whole[11:30, 40:41])
+    assert whole.min() >= 0 and whole.max() < 1 << 20
+    assert abs(whole.float().mean() / (1 << 20) - 0.5) < 0.01
+    for other in ((0, "w", "exp_avg_sq"), (1, "w", "exp_avg")):
+        assert (quantize.dither(other, 7, slice(0, 50), slice(0, 90), device) != whole).all()
+    far = quantize.dither((0, "w", "exp_avg"), 7, slice(10**9, 10**9 + 2), slice(0, 90), device)
+    assert far.min() >= 0 and far.max() < 1 << 20  # places beyond 2^31 entries
+
+
+def test_second_moment_keeps_up() -> None:
+    """exp_avg_sq follows a gradient that grows fivefold, and one that fades, although a step moves it by 0.1 %."""
+    generator = torch.Generator().manual_seed(0)
+    steps, exact, stored = 2000, torch.zeros(16, 64), torch.zeros(16, 64)
+    trend = torch.where(torch.arange(64) % 2 == 0, 5.0, 0.2)
+    for step in range(steps):
+        square = (torch.randn(16, 64, generator=generator) * trend ** (step / steps)).square()
+        exact.lerp_(square, 1e-3)
+        stored.lerp_(square, 1e-3)
+        stored = rounded(stored, False, step)
+    ratio = (stored / exact).sqrt()
+    assert abs(ratio.mean() - 1) < 0.03 and ratio.std() < 0.15 and ratio.min() > 0.5 and ratio.max() < 2.0
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("width", [8, 9, 256, 257, 600])
+def test_projector_codes(bits: int, width: int) -> None:
+    """Off by at most half a step, with two codes to a byte at 4 bits; a constant row is exact."""
+    x = torch.randn(12, width, generator=torch.Generator().manual_seed(width))
+    x[5] = 0.25
+    codes, ranges = quantize.encode_range(x, bits)
+    count, size = quantize.blocks(width)
+    assert codes.shape == (12, width if bits == 8 else -(-width // 2)) and codes.dtype == torch.uint8
+    assert ranges.shape == (12, 2 * count)
+    found = quantize.decode_range(codes, ranges, width, bits)
+    step = ranges[:, 1::2].repeat_interleave(size, 1)[:, :width]
+    assert ((found - x).abs() <= step * 0.5001 + 1e-7).all()
+    assert torch.equal(found[5], x[5])
+    assert (found != x).any()
+    empty = quantize.decode_range(*quantize.encode_range(x[:0], bits), width, bits)
+    assert empty.shape == (0, width)
+
+
+# -- every cut alike --------------------------------------------------------------------------------------------------
+def states_of(ranks: list[Layout], recipe, projected: bool) -> list[dict[str, Tensor]]:
+    """Fresh state of every rank."""
+    states = []
+    for layout in ranks:
+        shapes = pipeline.state_shapes(layout, recipe, projected)
+        local = {name: (layout.numel,) if s.entries else s.local for name, s in shapes.items()}
+        states.append({name: torch.zeros(local[name], dtype=s.dtype) for name, s in shapes.items()})
+        if "residual_norm" in states[-1]:
+            states[-1]["residual_norm"].fill_(math.inf)
+    return states
+
+
+def train(cls: type, options: dict, ranks: list[Layout], steps: int = 4, broken: int | None = None):
+    """(whole weight, state of every rank) after a few steps with gradients known to the last bit.
+
+    broken: a step at which one entry of the gradient is NaN; the state is then that of before and after it.
+    """
+    generator = torch.Generator().manual_seed(5)
+    shape, projected = ranks[0].shape, options.get("rank") is not None
+    start = torch.randn(shape, generator=generator)
+    weights = [entries_of(layout, start) for layout in ranks]
+    recipe = cls.recipe(group_of(cls, **{"rank": None, **options}))
+    states = states_of(ranks, recipe, projected)
+    owner, around = next(layout.rank for layout in ranks if layout.numel), []
+    for step in range(1, steps + 1):
+        grad = torch.randn(shape, generator=generator)
+        if step == broken:
+            grad[0, 0] = math.nan
+            around.append([{k: v.clone() for k, v in state.items()} for state in states])
+        refresh = projected and step % 2 == 1 and step != broken
+
+        def job(layout: Layout, step=step, grad=grad, refresh=refresh) -> Job:
+            return Job(
+                layout, recipe, entries_of(layout, grad), weights[layout.rank], states[layout.rank], (0, "w"), step,
+                step, 1e-2, 0.1, refresh, step // 2, owner,
+            )  # fmt: skip
+
+        if ranks[0].shared:
+            run_ranks(ranks, lambda layout, job=job: pipeline.update(job(layout), projected))
+        else:
+            finish_alone(pipeline.update(job(ranks[0]), projected))
+        if step == broken:
+            around.append([{k: v.clone() for k, v in state.items()} for state in states])
+    return ranks[0].assemble({x.rank: weights[x.rank] for x in ranks if x.numel}), around or states
+
+
+CUTS = [
+    ((6, 16), [5, 7, 9, 40], None),
+    ((3, 600), [100, 300, 301, 700, 1799], None),
+    ((5, 9), [45, 45], None),  # ranks that hold nothing
+    ((4, 300), None, "rows"),
+    ((4, 300), None, "columns"),
+    ((5, 520), None, "both"),
+]
+
+
+def ranks_of(shape, places, grid) -> list[Layout]:
+    """Flat cuts at `places`, or tiles: rows, columns, or both divided."""
+    from lowrank_ds.layout import Tiled, torch_chunks
+
+    if places is not None:
+        return some_ranks(shape, places, None)
+    rows = torch_chunks(shape[0], 2) if grid in ("rows", "both") else ((0, shape[0]),)
+    columns = torch_chunks(shape[1], 3) if grid in ("columns", "both") else ((0, shape[1]),)
+    tiles = tuple((r, c) for r in rows for c in columns)
+    return [Tiled(shape, tiles, rank, "simulated") for rank in range(len(tiles))]
+
+
+@pytest.mark.parametrize(("shape", "places", "grid"), CUTS)
+def test_plain_parameters_do_not_see_the_cuts(shape, places, grid) -> None:
+    """Codes, scales and weights of 8-bit AdamW are those of one process to the last bit, wherever the cuts are."""
+    ranks = ranks_of(shape, places, grid)
+    whole, (expected,) = train(lowrank_ds.GaLoreAdamW, EIGHT, [Flat.whole(shape)])
+    found, states = train(lowrank_ds.GaLoreAdamW, EIGHT, ranks)
+    assert expected["exp_avg"].dtype == torch.uint8 and expected["exp_avg_sq"].dtype == torch.uint8
+    assert torch.equal(found, whole)
+    for name in ("exp_avg", "exp_avg_sq"):
+        held = {x.rank: states[x.rank][name] for x in ranks if x.numel}
+        assert torch.equal(ranks[0].assemble(held), expected[name].view(shape))
+        for layout in ranks:
+            axis = layout.rows_axis
+            mine = expected[f"{name}_scale"][slice(*axis.kept[axis.rank])]
+            assert torch.equal(states[layout.rank][f"{name}_scale"], mine)
+
+
+PROJECTED = [
+    (lowrank_ds.GaLoreAdamW, {"proj_type": "right"}),
+    (lowrank_ds.GaLoreAdamW, {"proj_type": "left", "subspace": "power", "on_refresh": "rotate"}),
+    (lowrank_ds.GaLoreAdamW, {"proj_type": "full"}),
+    (lowrank_ds.GaLoreAdafactor, {"beta1": 0.9, "proj_type": "left"}),
+    (lowrank_ds.FiraAdamW, {"proj_type": "left", "subspace": "randomized"}),
+    (lowrank_ds.FiraAdamW, {"proj_type": "right", "residual": "paper", "scaling": "matrix"}),
+]
+
+
+@pytest.mark.parametrize(("cls", "options"), PROJECTED, ids=lambda v: v.__name__ if isinstance(v, type) else None)
+def test_projected_matrices_do_not_see_the_cuts(cls: type, options: dict) -> None:
+    """8-bit coordinates and 4-bit bases: weights as on one process.
+
+    Sums of coordinates are rounded in another order on another sharding, so that now and then a code is the next one:
+    a direction that is an eighth off, in one of a line's r coordinates, at lr 1e-2.
+    """
+    for shape, places, grid in (((20, 30), [55, 60, 333], None), ((30, 20), None, "rows"), ((20, 30), None, "both")):
+        settings = {**FOUR, "rank": 10, **options}
+        whole, (state,) = train(cls, settings, [Flat.whole(shape)])
+        assert state["exp_avg"].dtype == state["projector"].dtype == torch.uint8
+        found, _ = train(cls, settings, ranks_of(shape, places, grid))
+        off = (found - whole).abs()
+        plain, _ = train(cls, {"rank": 10, **options}, [Flat.whole(shape)])
+        assert off.max() < 1e-3 and off.mean() < 0.02 * (plain - whole).abs().mean()  # of what rounding itself does
+
+
+@pytest.mark.parametrize("rank", [None, 10])
+def test_a_broken_gradient_leaves_codes_alone(rank: int | None) -> None:
+    """A NaN anywhere: codes and scales of every rank stay as they are, bit by bit."""
+    settings = {**(EIGHT if rank is None else FOUR), "rank": rank}
+    for ranks in ([Flat.whole((20, 30))], layouts((20, 30), (0, 55, 333, 600)), ranks_of((20, 30), None, "both")):
+        _, (before, after) = train(lowrank_ds.GaLoreAdamW, settings, ranks, broken=3)
+        for old, new in zip(before, after, strict=True):
+            assert new["skipped"] == 1
+            assert all(torch.equal(old[name], new[name]) for name in old if name != "skipped")
