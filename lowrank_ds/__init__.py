@@ -22,9 +22,11 @@ from lowrank_ds.algorithms import (
 from lowrank_ds.backward import layerwise
 from lowrank_ds.engines.checkpointing import activation_checkpointing
 from lowrank_ds.engines.huggingface import for_trainer
+from lowrank_ds.int8_tensor import Int8Weight
+from lowrank_ds.int8_weights import int8_weights
 from lowrank_ds.lora_fa import LoRAFA, create_lorafa_optimizer, freeze_lora_a, lorafa_groups
 from lowrank_ds.lora_layers import recompute_dropout
-from lowrank_ds.memory import state_bytes
+from lowrank_ds.memory import state_bytes, weight_bytes
 from lowrank_ds.params import divide_params, param_groups
 from lowrank_ds.version import __version__
 
@@ -37,6 +39,7 @@ __all__ = [
     "Flora",
     "GaLoreAdafactor",
     "GaLoreAdamW",
+    "Int8Weight",
     "LoRAFA",
     "Lomo",
     "activation_checkpointing",
@@ -44,11 +47,13 @@ __all__ = [
     "divide_params",
     "for_trainer",
     "freeze_lora_a",
+    "int8_weights",
     "layerwise",
     "lorafa_groups",
     "param_groups",
     "recompute_dropout",
     "state_bytes",
+    "weight_bytes",
 ]
 
 
