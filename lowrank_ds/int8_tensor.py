@@ -122,12 +122,15 @@ class Int8Weight(Tensor):
         return func(*_dense(args), **_dense(kwargs))
 
     # -- FSDP2 --------------------------------------------------------------------------------------------------------
-    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, Tensor], None]:
+    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], None]:
         """What this rank sends: codes and scales, with rows of zeros up to the largest rank's.
 
-        (FSDP2 would check the shapes that a function with its longer signature returns, and refuse scales on ranks with
-        fewer rows.)
+        A rank that holds all rows (`replicate()`, a mesh of one) sends nothing: FSDP2 copies the first tensor only, so
+        there is only one. (FSDP2 would check the shapes that a function with its longer signature returns, and refuse
+        scales on ranks with fewer rows.)
         """
+        if self.shape[0] == self.total:
+            return (torch.cat([x.view(-1).view(torch.uint8) for x in (self.scales, self.codes)]),), None
         rows = -(-self.total // mesh.size())
         return (_padded(self.codes, rows), _padded(self.scales, rows)), None
 
@@ -137,8 +140,11 @@ class Int8Weight(Tensor):
         """The whole matrix from what all ranks sent; `out` has the same memory as the first time."""
         if out is not None:
             return None
+        if len(outputs) == 1:
+            scales, codes = outputs[0].split([self.scales.nbytes, self.codes.nbytes])
+            outputs = codes.view(torch.int8).view(self.codes.shape), scales.view(torch.float32).view(self.scales.shape)
         codes, scales = (x[: self.total] for x in outputs)
-        return self.like(codes, scales, param_dtype), outputs
+        return self.like(codes, scales, param_dtype), ()
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:

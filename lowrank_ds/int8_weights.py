@@ -37,7 +37,7 @@ def int8_weights(
     Raises:
         ValueError: a pattern matches no linear layer, nothing is left, or `block` is out of range.
         RuntimeError: a weight that cannot be int8, naming it: shared by two modules, not a whole plain tensor (an
-            engine has taken over the model), or int8 already.
+            engine has taken over the model), a single row, or int8 already.
     """
     if isinstance(block, bool) or not isinstance(block, int) or block < 1:
         raise ValueError(f"int8_weights: block must be a whole number >= 1, got {block!r}.")
@@ -86,6 +86,8 @@ def _check(name: str, weight: Tensor, users: dict[int, list[str]]) -> None:
             f"int8_weights: {name} is no longer a whole, plain matrix: an engine has taken over the model. Call "
             "int8_weights(model) first, then fully_shard or replicate()."
         )
+    if weight.shape[0] == 1:
+        raise RuntimeError(f"int8_weights: {name} has a single row and gains nothing. Leave it out with exclude=[...].")
     if not weight.is_floating_point() or weight.is_meta:
         what = "on the meta device: give it numbers first" if weight.is_meta else f"{weight.dtype}: only floats can be"
         raise RuntimeError(f"int8_weights: {name} is {what}.")
