@@ -1,6 +1,6 @@
 """Weights as int8 codes with one fp32 scale per block of a row: W = scale * code, codes in [-127, 127].
 
-Pure arithmetic on tensors. Blocks lie inside rows, so any division of the rows among ranks divides the scales with them.
+Pure arithmetic on tensors. Blocks lie inside rows: however the rows are divided among ranks, the scales go with them.
 Legend: m rows, n columns, b = ceil(n / block) blocks in a row.
 
 A scale is kept while the block's largest magnitude fits its 127 steps and fills three quarters of them. Renewing it at

@@ -7,11 +7,12 @@ Rows can be cut (FSDP2), columns cannot. Tested with torch 2.13.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
@@ -73,6 +74,7 @@ class Int8Weight(Tensor):
     def write_rows(self, rows: slice, values: Tensor, key: tuple | None, first: int, stride: int) -> None:
         """Replace rows by `values` (rows, n), rounded as `int8_codes.encode_` says."""
         int8_codes.encode_(self.codes[rows], self.scales[rows], self.block, values, key, first, stride)
+        torch.autograd.graph.increment_version(self)  # as any in-place change: a backward that saved it must not go on
 
     @property
     def held_bytes(self) -> int:
@@ -83,24 +85,37 @@ class Int8Weight(Tensor):
         """Other codes and scales of the same parameter."""
         return Int8Weight(codes, scales, self.block, dtype or self.dtype, self.label, self.total)
 
+    def _set_data(self, value: Tensor) -> None:
+        """`weight.data = value`, which `Module.to` does; ZeRO would make it a piece of its buffer."""
+        if not isinstance(value, Int8Weight):
+            _refuse(self, f"its data cannot become a plain tensor of shape {tuple(value.shape)}")
+        with torch._C.DisableTorchFunctionSubclass():
+            Tensor.data.__set__(self, value)
+        self.codes, self.scales, self.block, self.total = value.codes, value.scales, value.block, value.total
+
+    def __deepcopy__(self, memo: dict) -> Int8Weight:
+        copied = _rebuild(*copy.deepcopy(self._parts(), memo))
+        copied.grad = copy.deepcopy(self.grad, memo)
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _rebuild, self._parts()
+
+    def _parts(self) -> tuple:
+        is_param = getattr(self, "_is_param", False)
+        return self.codes, self.scales, self.block, self.dtype, self.label, self.total, self.requires_grad, is_param
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Int8Weight({self.label}, shape={tuple(self.shape)}, dtype={self.dtype}, block={self.block})"
 
-    # -- what torch asks of a tensor made of tensors ------------------------------------------------------------------
-    def __tensor_flatten__(self) -> tuple[list[str], tuple]:
-        """Names of the tensors inside, and the rest."""
-        return ["codes", "scales"], (self.block, self.dtype, self.label, self.total)
-
-    @classmethod
-    def __tensor_unflatten__(cls, inner: dict[str, Tensor], rest: tuple, size: Any, stride: Any) -> Int8Weight:
-        """Undo `__tensor_flatten__`."""
-        return cls(inner["codes"], inner["scales"], *rest)
-
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """`linear` with codes for a weight; the rest goes its usual way."""
+        """`linear` with codes for a weight, and `weight.data = ...`; the rest goes its usual way."""
         if func is linear:
             return _linear(*args, **(kwargs or {}))
+        if func == Tensor.data.__set__:  # a new object at each look
+            return args[0]._set_data(args[1])
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -145,6 +160,18 @@ class Int8Weight(Tensor):
             outputs = codes.view(torch.int8).view(self.codes.shape), scales.view(torch.float32).view(self.scales.shape)
         codes, scales = (x[: self.total] for x in outputs)
         return self.like(codes, scales, param_dtype), ()
+
+
+def _rebuild(
+    codes: Tensor, scales: Tensor, block: int, dtype: torch.dtype, label: str, total: int, grad: bool, is_param: bool
+) -> Int8Weight:
+    """A copied or loaded weight, a Parameter again if it was one."""
+    weight = Int8Weight(codes, scales, block, dtype, label, total)
+    return nn.Parameter(weight, requires_grad=grad) if is_param else weight.requires_grad_(grad)
+
+
+# torch.load(weights_only=True), wherever lowrank_ds is imported
+torch.serialization.add_safe_globals([_rebuild])
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
@@ -307,8 +334,7 @@ _OPERATORS: dict[Any, Callable] = {
     aten._to_copy.default: _to_copy,
     aten.copy_.default: _copy,
     aten.constant_pad_nd.default: _pad,
+    aten._pin_memory.default: _same,
 }
 _REFUSED = {aten.cat.default, aten.stack.default}
 _ON_FLAT = {aten.detach.default}
-
-torch.serialization.add_safe_globals([Int8Weight])  # torch.load(weights_only=True), where lowrank_ds is imported

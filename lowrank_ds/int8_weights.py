@@ -41,7 +41,9 @@ def int8_weights(
     """
     if isinstance(block, bool) or not isinstance(block, int) or block < 1:
         raise ValueError(f"int8_weights: block must be a whole number >= 1, got {block!r}.")
-    layers = {f"{path}.weight" if path else "weight": m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    layers = {
+        f"{path}.weight" if path else "weight": m for path, m in model.named_modules() if isinstance(m, nn.Linear)
+    }
     if not layers:
         raise ValueError(f"int8_weights: {type(model).__name__} has no nn.Linear layer.")
     found = [(selection.canonical(name), layer.weight) for name, layer in layers.items()]

@@ -34,7 +34,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters' entries held on this rank, each parameter counted once; int8 weights with their scales."""
+    """Bytes of the parameters' entries held on this rank, each parameter once; of int8 weights codes and scales."""
     return sum(_weight_bytes(p) for p in model.parameters())
 
 
