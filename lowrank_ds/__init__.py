@@ -25,9 +25,11 @@ from lowrank_ds.checkpoint import CheckpointError, load_checkpoint, save_checkpo
 from lowrank_ds.engines.checkpointing import activation_checkpointing
 from lowrank_ds.engines.huggingface import for_trainer
 from lowrank_ds.failures import RankError
+from lowrank_ds.int8_tensor import Int8Weight
+from lowrank_ds.int8_weights import int8_weights
 from lowrank_ds.lora_fa import LoRAFA, create_lorafa_optimizer, freeze_lora_a, lorafa_groups
 from lowrank_ds.lora_layers import recompute_dropout
-from lowrank_ds.memory import state_bytes
+from lowrank_ds.memory import state_bytes, weight_bytes
 from lowrank_ds.params import divide_params, param_groups
 from lowrank_ds.version import __version__
 
@@ -42,6 +44,7 @@ __all__ = [
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
+    "Int8Weight",
     "LoRAFA",
     "Lomo",
     "RankError",
@@ -50,6 +53,7 @@ __all__ = [
     "divide_params",
     "for_trainer",
     "freeze_lora_a",
+    "int8_weights",
     "layerwise",
     "load_checkpoint",
     "lorafa_groups",
@@ -57,6 +61,7 @@ __all__ = [
     "recompute_dropout",
     "save_checkpoint",
     "state_bytes",
+    "weight_bytes",
 ]
 
 

@@ -60,9 +60,7 @@ def _checkpoint_commands(commands: argparse._SubParsersAction) -> None:
     joined = commands.add_parser("consolidate", help="join a checkpoint's pieces: every tensor whole")
     cut = commands.add_parser("reshard", help="divide a checkpoint among another number of files")
     for command in (joined, cut):
-        command.add_argument(
-            "source", type=pathlib.Path, help="a folder of save_checkpoint, ours or DeepSpeed's"
-        )
+        command.add_argument("source", type=pathlib.Path, help="a folder of save_checkpoint, ours or DeepSpeed's")
         command.add_argument("out", type=pathlib.Path, help="a new folder")
     cut.add_argument("--files", type=int, required=True, help="how many")
     shown = commands.add_parser("inspect", help="what is in a checkpoint, and whether it is undamaged")

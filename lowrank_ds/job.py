@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_ds import linalg
+from lowrank_ds.int8_tensor import Int8Weight
 from lowrank_ds.layout import Block, Layout
 from lowrank_ds.recipe import Recipe
 
@@ -22,7 +23,8 @@ class Job:
     """One matrix in one step.
 
     grad, weight: this rank's entries (numel,), views of what the optimizer was handed. grad is None when all of this
-    step's gradient is in state["accumulated"], where `micro_batches` were summed (`accumulate.py`).
+    step's gradient is in state["accumulated"], where `micro_batches` were summed (`accumulate.py`). An int8 weight is
+    this rank's rows (l, n), read and written a piece at a time.
     state: the matrix's state tensors. step: 1, 2, ...; moment_step: the same since moments were last reset.
     lr, weight_decay: of this step. refresh: whether a new basis is due; refresh_count: bases drawn before this step;
     owner: the rank that computes an exact SVD; replica: the one it does so in (`Layout.mirror`); fresh: the basis from
@@ -99,8 +101,7 @@ def write_entries(job: Job, update: Tensor, step_size: float, scale: Tensor | No
 
 def write_piece(job: Job, piece: Block, update: Tensor, step_size: float, scale: Tensor | None) -> None:
     """The same for the entries of `piece` only; update: theirs, 1-D."""
-    stored = piece.of(job.weight)
-    weight = stored if stored.dtype in _EXACT else stored.float()
+    weight = _loaded(job, piece)
     step_size = step_size * _keep(job, scale) if job.recipe.decay_last else step_size
     if job.weight_decay:
         weight.mul_(_keep(job, scale))
@@ -110,9 +111,8 @@ def write_piece(job: Job, piece: Block, update: Tensor, step_size: float, scale:
 
 def write(job: Job, side, basis, source: Tensor, factor, direction, step_size: float, scale, live: Tensor) -> None:
     """W <- (1 - lr scale wd) W - step_size * (factor o source + direction B^T), block by block, in place."""
-    for block in job.layout.blocks if job.weight.dtype in _EXACT else pieces(job):
-        stored = block.of(job.weight)
-        weight = stored if stored.dtype in _EXACT else stored.float()
+    for block in job.layout.blocks if _in_place(job) else pieces(job):
+        weight = _loaded(job, block)
         lines, left, right = side.terms(block, basis, factor, direction)
         keep = _keep(job, scale) if job.weight_decay else 1.0
         if isinstance(keep, Tensor) or left is None:
@@ -135,11 +135,36 @@ def _subtract_scaled(weight: Tensor, source: Tensor, lines: Tensor, step_size: f
         weight[part].sub_(where_live(live, scaled), alpha=step_size)
 
 
-def _round_back(job: Job, weight: Tensor, block: Block) -> None:
-    """Store fp32 results in low-precision weights: bf16 rounds stochastically, or small updates are lost for ever."""
+def weight_square_sum(job: Job) -> Tensor:
+    """The sum of squares of the weights held here, 0-d fp32."""
+    if not isinstance(job.weight, Int8Weight):
+        return linalg.row_square_sums(job.weight.view(1, -1)).sum()
+    parts = [linalg.row_square_sums(_loaded(job, piece)).sum() for piece in pieces(job)]
+    return torch.stack(parts).sum() if parts else torch.zeros((), device=job.weight.device)
+
+
+def _in_place(job: Job) -> bool:
+    """Whether the weights are updated where they are stored."""
+    return job.weight.dtype in _EXACT and not isinstance(job.weight, Int8Weight)
+
+
+def _loaded(job: Job, block: Block) -> Tensor:
+    """The weights of a block, 2-D, to be changed: a view of them, or fp32 numbers that `_round_back` stores."""
+    if isinstance(job.weight, Int8Weight):
+        return job.weight.read_rows(block.rows)
     stored = block.of(job.weight)
-    if stored.dtype in _EXACT:
+    return stored if stored.dtype in _EXACT else stored.float()
+
+
+def _round_back(job: Job, weight: Tensor, block: Block) -> None:
+    """Store fp32 results in bf16 and int8 weights, rounded stochastically: small updates would be lost for ever."""
+    if _in_place(job):
         return
+    key, place = (*job.key, "round", job.step), job.layout.position(block)
+    if isinstance(job.weight, Int8Weight):
+        job.weight.write_rows(block.rows, weight, key if job.stochastic_rounding else None, *place)
+        return
+    stored = block.of(job.weight)
     if stored.dtype == torch.bfloat16 and job.stochastic_rounding:
-        weight = linalg.stochastic_round(weight, (*job.key, "round", job.step), *job.layout.position(block))
+        weight = linalg.stochastic_round(weight, key, *place)
     stored.copy_(weight)

@@ -100,6 +100,15 @@ def stochastic_round(x: Tensor, key: tuple, first: int, stride: int | None = Non
     return out.view(x.shape)
 
 
+def uniform(key: tuple, first: int, shape: torch.Size, stride: int, device: torch.device) -> Tensor:
+    """Uniform numbers in [0, 1), multiples of 2^-24, fp32: those of the places first + i * stride + j of a rectangle.
+
+    A number depends on `key` and its place only.
+    """
+    rows, columns = (torch.arange(size, device=device, dtype=torch.int64) for size in shape)
+    return (_bits(key, first + rows.unsqueeze(1) * stride + columns) >> 8).float().div_(1 << 24)
+
+
 def _noise16(key: tuple, first: int, count: int, device: torch.device) -> Tensor:
     """16 random bits (int32) for each of the positions first, first + 1, ...: two positions share a 32-bit hash."""
     pairs = torch.arange(first // 2, (first + count + 1) // 2, device=device, dtype=torch.int64)

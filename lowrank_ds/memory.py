@@ -1,4 +1,4 @@
-"""Counting optimizer state."""
+"""Counting the bytes of optimizer state and of weights."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_ds import engines
+from lowrank_ds.int8_tensor import Int8Weight
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -30,3 +31,13 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     parts = (engines.local(t) for t in _tensors(dict(optimizer.state)))
     storages = {s._cdata: s.nbytes() for t in parts for s in [t.untyped_storage()]}
     return sum(storages.values())
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters' entries held on this rank, each parameter once; of int8 weights codes and scales."""
+    return sum(_weight_bytes(p) for p in model.parameters())
+
+
+def _weight_bytes(param: Tensor) -> int:
+    held = engines.local(param)
+    return held.held_bytes if isinstance(held, Int8Weight) else held.nbytes

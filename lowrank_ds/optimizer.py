@@ -275,7 +275,7 @@ class LowRankOptimizer(BoundGroups):
         grad = None if grad is None else grad.detach().contiguous().view(-1)
         weight = weight if weight.is_contiguous() else self._staged(weight)
         return [
-            (slot, group, None if grad is None else slot.entries(grad), slot.entries(weight.view(-1))) for slot in slots
+            (slot, group, None if grad is None else slot.entries(grad), slot.weight_entries(weight)) for slot in slots
         ]
 
     def _gradient(self, host: Tensor, slots: list[Slot]) -> Tensor | None:

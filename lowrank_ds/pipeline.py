@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowrank_ds import accumulate, linalg, lowbit
 from lowrank_ds.axis import ENTRIES, SCALAR, Stored
-from lowrank_ds.job import Job, pieces, where_live, write, write_entries, write_piece
+from lowrank_ds.job import Job, pieces, weight_square_sum, where_live, write, write_entries, write_piece
 from lowrank_ds.layout import Block, Layout
 from lowrank_ds.lines import Lines
 from lowrank_ds.projection import Left, Right, TwoSided, choose
@@ -236,7 +236,7 @@ def _parameter_scale(job: Job) -> Steps:
     rule = job.recipe.rule
     if not rule.scale_parameter:
         return torch.ones((), dtype=torch.float32, device=job.weight.device)
-    total = yield Sum(linalg.row_square_sums(job.weight.view(1, -1)).sum())
+    total = yield Sum(weight_square_sum(job))
     return rule.parameter_scale(total, job.layout.shape[0] * job.layout.shape[1])
 
 

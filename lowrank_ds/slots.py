@@ -14,6 +14,7 @@ from torch import Tensor
 from lowrank_ds import accumulate, engines, params, pipeline
 from lowrank_ds.axis import SCALAR, Stored
 from lowrank_ds.engines.placement import Placement
+from lowrank_ds.int8_tensor import Int8Weight
 from lowrank_ds.layout import Flat, Layout
 from lowrank_ds.recipe import Recipe
 
@@ -65,6 +66,10 @@ class Slot:
             accumulate.clear(self.state)
             self.micro_batches = 0
             self.write_counters()
+
+    def weight_entries(self, weight: Tensor) -> Tensor:
+        """What `Job.weight` is, out of the tensor's weights held here (contiguous)."""
+        return weight if isinstance(weight, Int8Weight) else self.entries(weight.view(-1))
 
     def entries(self, flat: Tensor) -> Tensor:
         """This rank's entries (numel,) out of the tensor's flattened entries."""
