@@ -50,14 +50,16 @@ def save_checkpoint(
         local: {name: tensor} of this rank alone (states of random generators).
 
     Raises:
-        CheckpointError: on every rank, if any of them could not write, or the layout is not supported.
-        RuntimeError: a DeepSpeed engine between the micro-batches of a step.
+        CheckpointError: on every rank, if any of them could not write, the layout is not supported, or a DeepSpeed
+            engine is between the micro-batches of a step.
     """
     final, what = Path(path), f"saving to {path}"
-    target = places.target_of(model, optimizer)
+    targets: list[Target] = []
     mine: dict[int, Part] = {}
 
     def survey() -> tuple[list[_Claim], str]:
+        targets.append(places.target_of(model, optimizer))
+        target = targets[0]
         mine.update(enumerate(part for part in _all_parts(target, local) if part.run.size and not part.idle))
         claims = [(part.key, part.shape, format.name_of(part.dtype), part.run) for part in mine.values()]
         return claims, _json(extra)
@@ -66,7 +68,7 @@ def save_checkpoint(
     entries, own = together(what, lambda: _deal([claims for claims, _ in told], [text for _, text in told]))[place()[0]]
     folder = together(what, lambda: _begin(final))[0]
     try:
-        _write(what, final, folder, target, [(mine[i], run, name) for i, run, name in own], entries, extra)
+        _write(what, final, folder, targets[0], [(mine[i], run, name) for i, run, name in own], entries, extra)
     except BaseException:
         if place()[0] == 0:
             shutil.rmtree(folder, ignore_errors=True)
