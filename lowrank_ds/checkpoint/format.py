@@ -37,8 +37,8 @@ _NAMES = {
 class Key(NamedTuple):
     """What a tensor is.
 
-    section: "weights", "buffers", "state", "gradients" (amid a step only) or "local". name: of the parameter, buffer or matrix; for "local", the rank
-    as a string. part: of "state" and "local", which of its tensors; else "".
+    section: "weights", "buffers", "state", "gradients" (amid a step only) or "local". name: of the parameter, buffer or
+    matrix; for "local", the rank as a string. part: of "state" and "local", which of its tensors; else "".
     """
 
     section: str

@@ -18,9 +18,11 @@ from torch import Tensor
 from lowrank_ds.checkpoint import format, places
 from lowrank_ds.checkpoint.agree import CheckpointError, place, together
 from lowrank_ds.checkpoint.format import MANIFEST, Blob, Entry, Key, Manifest, Piece
+from lowrank_ds.checkpoint.options import trained_names
 from lowrank_ds.checkpoint.places import Part, Target
 from lowrank_ds.checkpoint.runs import Run, Taken
 from lowrank_ds.engines import deepspeed_checkpoint
+from lowrank_ds.optimizer import LowRankOptimizer
 from lowrank_ds.version import __version__
 
 _Claim = tuple[Key, tuple[int, ...], str, Run]  # what a rank tells the others about a piece
@@ -185,15 +187,17 @@ def _manifest(target: Target, world: int, extra: Any) -> Manifest:
         raise CheckpointError(
             f"the state of the engine's lr_scheduler is not JSON-able ({error}); use one of DeepSpeed's or torch's"
         ) from error
-    groups = [] if optimizer is None else [_group(group) for group in optimizer.param_groups]
+    groups = [] if optimizer is None else [_group(optimizer, group) for group in optimizer.param_groups]
     algorithm = None if optimizer is None else type(optimizer).__name__
-    projected = [] if optimizer is None else sorted(optimizer._projected)
+    trained = {name for group in groups for name in group["param_names"]}
+    projected = [] if optimizer is None else sorted(optimizer._projected & trained)
     return Manifest(__version__, algorithm, world, groups, projected, extra, engine)
 
 
-def _group(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A param group's options and names."""
+def _group(optimizer: LowRankOptimizer, group: Mapping[str, Any]) -> dict[str, Any]:
+    """A param group's options, and the names of its parameters that are not frozen."""
     plain = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
+    plain["param_names"] = trained_names(optimizer, group)
     try:
         json.dumps(plain)
     except TypeError as error:
