@@ -32,12 +32,14 @@ class Run(NamedTuple):
         return {(i, k): getattr(v, "to_local", lambda v=v: v)().clone() for i, s in own for k, v in s.items()}
 
 
-def start(kind: str, recipe: str, rank: int, world: int, seed: int = 0, bf16: bool = False, **settings: Any) -> Run:
-    """An untrained model under an engine: "one", "ddp", "zero1" ... "zero3", "zero3 layerwise", "zero2 scheduled",
-    "fsdp1", "fsdp2", "hsdp", "fsdp2 tp". settings: the recipe's."""
+def start(
+    kind: str, recipe: str, rank: int, world: int, /, initial: int = 0, bf16: bool = False, **settings: Any
+) -> Run:
+    """An untrained model under an engine: "one", "ddp", "zero1" ... "zero3" (with words that `_zero` looks for),
+    "fsdp1", "fsdp2", "hsdp", "fsdp2 tp". initial: seed of the weights. settings: the recipe's."""
     known = training.settings_of(recipe)[1]
     settings = {name: GAP for name in ("update_proj_gap", "kappa") if name in known} | settings
-    model = tiny_llama(seed)
+    model = tiny_llama(initial)
     if kind.startswith("zero"):
         return _zero(kind, recipe, rank, world, model, bf16, settings)
     model = model.bfloat16() if bf16 else model
@@ -62,6 +64,10 @@ def start(kind: str, recipe: str, rank: int, world: int, seed: int = 0, bf16: bo
 
 def _zero(kind: str, recipe: str, rank: int, world: int, model: Any, bf16: bool, settings: dict) -> Run:
     more: dict[str, Any] = {"bf16": {"enabled": True}} if bf16 else {}
+    if "grad fp32" in kind:  # DeepSpeed's BF16_Optimizer
+        more["data_types"] = {"grad_accum_dtype": "fp32"}
+    if "sub-groups" in kind:
+        more["zero"] = {"sub_group_size": 3000}
     if "layerwise" in kind:
         settings = {**settings, "layerwise": True}
     if "scheduled" in kind:
@@ -80,5 +86,5 @@ def _zero(kind: str, recipe: str, rank: int, world: int, model: Any, bf16: bool,
 
 def resume(folder: str, kind: str, recipe: str, rank: int, world: int, **more: Any) -> tuple[Run, Any]:
     """(a run with other initial weights that has loaded `folder`, what loading answered)."""
-    run = start(kind, recipe, rank, world, seed=3, **more)
+    run = start(kind, recipe, rank, world, initial=3, **more)
     return run, lowrank_ds.load_checkpoint(folder, run.model, run.optimizer)

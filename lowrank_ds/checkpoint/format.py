@@ -10,6 +10,7 @@ checkpoints are the same thing to a reader.
 from __future__ import annotations
 
 import ctypes
+import glob
 import hashlib
 import json
 import math
@@ -37,8 +38,8 @@ _NAMES = {
 class Key(NamedTuple):
     """What a tensor is.
 
-    section: "weights", "buffers", "state" or "local". name: of the parameter, buffer or matrix; for "local", the rank
-    as a string. part: of "state" and "local", which of its tensors; else "".
+    section: "weights", "buffers", "state", "gradients" (amid a step only) or "local". name: of the parameter, buffer or
+    matrix; for "local", the rank as a string. part: of "state" and "local", which of its tensors; else "".
     """
 
     section: str
@@ -49,7 +50,7 @@ class Key(NamedTuple):
         """What it is called in files (followed by @start where it is not whole) and messages."""
         if self.section in ("weights", "buffers"):
             return self.name
-        return f"local::{self.name}::{self.part}" if self.section == "local" else f"{self.name}::{self.part}"
+        return f"{self.name}::{self.part}" if self.section == "state" else f"{self.section}::{self.name}::{self.part}"
 
 
 class Piece(NamedTuple):
@@ -144,7 +145,7 @@ class Manifest:
 def _checked_json(folder: Path, verify: bool) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
-        others = [p for p in folder.parent.glob(f"{folder.name}.*") if p.is_dir() and (p / MANIFEST).is_file()]
+        others = [found.parent for found in folder.parent.glob(f"{glob.escape(folder.name)}.*/{MANIFEST}")]
         hint = f" {others[0]} is complete: rename it." if others and not folder.exists() else ""
         raise CheckpointError(f"{folder} is no checkpoint of lowrank_ds.save_checkpoint: it has no {MANIFEST}.{hint}")
     try:
