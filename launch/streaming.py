@@ -57,11 +57,13 @@ class StreamBatches:
     it had already `taken` (a group is tokenised in one call, so there is no place inside one).
     """
 
-    def __init__(self, stream, tokenizer, text_key: str, length: int, plan: BatchPlan, rank: int):
+    def __init__(self, stream, tokenizer, text_key: str, length: int, plan: BatchPlan, rank: int, name: dict):
+        """name: what the stream is called, for `fingerprint`."""
         from datasets.distributed import split_dataset_by_node
 
         self.tokenizer, self.text_key, self.length, self.plan = tokenizer, text_key, length, plan
         self.part = split_dataset_by_node(stream, rank=rank, world_size=plan.world)
+        self.name = name
         self.place: dict = {"stream": {}, "buffer": []}  # {}: its beginning; buffer: tokens that filled no block yet
         self.taken = 0
         self.blocks = self._forever()
@@ -79,7 +81,9 @@ class StreamBatches:
                 buffer = buffer[whole:]
                 self.place, self.taken = {"stream": self.part.state_dict(), "buffer": list(buffer)}, 0
             if not some:
-                raise SystemExit(f"--dataset: this process's part does not fill one sequence of --seq-len {self.length}")
+                raise SystemExit(
+                    f"--dataset: this process's part does not fill one sequence of --seq-len {self.length}"
+                )
             self.part.load_state_dict({})  # or the next epoch, too, would begin where this run was resumed
             self.place, self.taken, resumed = {"stream": {}, "buffer": []}, 0, False
 
@@ -93,6 +97,10 @@ class StreamBatches:
             blocks.append(next(self.blocks))
             self.taken += 1
         return torch.from_numpy(np.stack(blocks))
+
+    def fingerprint(self) -> dict:
+        """What tells two streams apart: their names, for their text is not read in advance."""
+        return self.name
 
     def state(self) -> dict:
         """This process's place in its part of the stream, as JSON takes it."""
