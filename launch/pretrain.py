@@ -267,14 +267,14 @@ def main() -> None:
         trainer = build_deepspeed(args, config, tokenizer, factor, processes)
     else:
         trainer = build_torch(args, tokenizer, factor, plan, processes)
-    if processes.is_main:
-        announce(args, config, run, trainer, plan, processes)
 
     def evaluate() -> float:
         return perplexity(trainer.logits, held_out, processes.rank, processes.world, processes.device)
 
     progress = Progress(output, args.steps, plan.total * args.seq_len, processes.is_main)
     at = restore(args, trainer, batches, progress, processes)
+    if processes.is_main:
+        announce(args, config, run, trainer, plan, processes)
     saver = Saver(args, run, trainer, batches, progress, processes)
     train(args, trainer, batches, evaluate, progress, processes, saver, at)
     found = {

@@ -1,4 +1,4 @@
-"""When a run saves, what a checkpoint holds beside weights and optimizer state, and what a full disk or a signal does."""
+"""When a run saves, what beside weights and optimizer state, and what a full disk or a signal changes."""
 
 import json
 import math

@@ -110,8 +110,8 @@ class StreamBatches:
         """Go on from `state`; None: the checkpoint is of another number of processes."""
         if state is None:
             raise SystemExit(
-                "--resume: with --dataset each process reads its own part of the stream, so a run goes on only with the "
-                "number of processes that saved it; start as many (--train-data goes on with any number)"
+                "--resume: with --dataset each process reads its own part of the stream, so a run goes on only with "
+                "the number of processes that saved it; start as many (--train-data goes on with any number)"
             )
         self.place = {"stream": state["stream"], "buffer": state["buffer"]}
         self.part.load_state_dict(state["stream"])
