@@ -68,7 +68,7 @@ class Saver:
             self.progress.sync()
             try:
                 self.rotation.root.mkdir(parents=True, exist_ok=True)  # if it fails, it does on every process
-                extra, local = self._extra(position, mean), self._local(position)
+                extra, local = self.processes.same(self._extra(position, mean)), self._local(position)
                 lowrank_ds.save_checkpoint(path, self.trainer.wrapped, self.trainer.optimizer, extra=extra, local=local)
                 error = None
             except (CheckpointError, OSError) as caught:
@@ -104,7 +104,7 @@ class Saver:
         return message
 
     def _extra(self, position: Position, mean_loss: float) -> dict:
-        """What is the same on every process."""
+        """What is the same on every process (times are the main one's)."""
         schedule = self.trainer.schedule
         return {
             "run": self.run,
