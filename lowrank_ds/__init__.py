@@ -20,6 +20,7 @@ from lowrank_ds.algorithms import (
     Lomo,
 )
 from lowrank_ds.backward import layerwise
+from lowrank_ds.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from lowrank_ds.engines.checkpointing import activation_checkpointing
 from lowrank_ds.engines.huggingface import for_trainer
 from lowrank_ds.lora_fa import LoRAFA, create_lorafa_optimizer, freeze_lora_a, lorafa_groups
@@ -33,6 +34,7 @@ __all__ = [
     "AdaLomo",
     "ApolloAdamW",
     "ApolloMini",
+    "CheckpointError",
     "FiraAdamW",
     "Flora",
     "GaLoreAdafactor",
@@ -45,9 +47,11 @@ __all__ = [
     "for_trainer",
     "freeze_lora_a",
     "layerwise",
+    "load_checkpoint",
     "lorafa_groups",
     "param_groups",
     "recompute_dropout",
+    "save_checkpoint",
     "state_bytes",
 ]
 

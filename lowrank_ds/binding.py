@@ -58,6 +58,12 @@ class BoundGroups(NamedGroups):
         self._bound[host] = dict(store)
         return self._slots[host]
 
+    def start_anew(self) -> None:
+        """Forget all state: the next step is the first."""
+        self.state.clear()
+        self._slots.clear()
+        self._bound.clear()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch.optim does, but keep the dtype of every state tensor (torch would cast to the parameter's).
 

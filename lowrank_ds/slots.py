@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from torch import Tensor
 from lowrank_ds import accumulate, engines, params, pipeline
 from lowrank_ds.axis import SCALAR, Stored
 from lowrank_ds.engines.placement import Placement
-from lowrank_ds.layout import Layout
+from lowrank_ds.layout import Flat, Layout
 from lowrank_ds.recipe import Recipe
 
 COUNTERS = ("step", "refreshes", "last_refresh", "moment_step", "micro_batches")
@@ -24,6 +25,7 @@ class Slot:
     """One matrix (or plain parameter) inside a tensor of `param_groups`, as far as this rank holds it.
 
     start: offset in the tensor's entries. prefix: of its keys in optimizer.state.
+    parameter, index: the parameter it belongs to, and which of its matrices it is.
     state: its state tensors, plain ones that share memory with what `optimizer.state` holds.
     none_is_zero: see `Placement`.
     The counters mirror 0-d state tensors, so that no step reads a number back from the device.
@@ -42,6 +44,8 @@ class Slot:
     moment_step: int = 0
     micro_batches: int = 0
     none_is_zero: bool = False
+    parameter: str = ""
+    index: int = 0
 
     def read_counters(self) -> None:
         """Take the counters from the state (after loading)."""
@@ -90,6 +94,8 @@ def bind(
                 layout,
                 projected,
                 none_is_zero=at.none_is_zero,
+                parameter=at.name,
+                index=i,
             )
             for i, start, layout in at.matrices(count, m, n)
         ]
@@ -108,7 +114,7 @@ def _bind_stack(host, at, recipe: Recipe, projected: bool, stack: tuple[int, int
     count, m, n = stack
     layout, lead, device = at.layout(m, n), at.lead_here(m, n), engines.local(host).device
     slots = [
-        Slot(at.name if count == 1 else f"{at.name}[{i}]", host, start, layout, projected)
+        Slot(at.name if count == 1 else f"{at.name}[{i}]", host, start, layout, projected, parameter=at.name, index=i)
         for i, start, layout in at.matrices(*stack)
     ]
     loaded = bool(store)
@@ -145,6 +151,21 @@ def _adopt(slot: Slot, recipe: Recipe, plain_shape: tuple[int, ...], store: dict
             store[prefix + name] = fresh
         slot.state[name] = store[prefix + name]
     slot.read_counters()
+
+
+def stored(slot: Slot, recipe: Recipe) -> dict[str, Stored]:
+    """{state name: how it is divided among the ranks} of one matrix, counters included."""
+    return _all_shapes(slot.layout, recipe, slot.projected)
+
+
+def state_names(recipe: Recipe) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of the state tensors of (a projected matrix, a matrix that is not), sums of micro-batches left out."""
+    recipe = dataclasses.replace(recipe, accumulation=None)
+    layout = Flat.whole((2**16, 2**16))
+    projected = recipe.subspace is not None or recipe.correction is not None
+    return frozenset(_all_shapes(layout, recipe, True) if projected else ()), frozenset(
+        _all_shapes(layout, recipe, False)
+    )
 
 
 def _all_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, Stored]:

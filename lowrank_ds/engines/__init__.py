@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowrank_ds.engines import deepspeed, fsdp1, plain, zero3
 from lowrank_ds.engines.accelerate import refuse_replacement
-from lowrank_ds.engines.deepspeed import allow, model, name_of
+from lowrank_ds.engines.deepspeed import allow, is_partitioned, model, name_of
 from lowrank_ds.engines.fsdp1 import check, record
 from lowrank_ds.engines.placement import Placement
 from lowrank_ds.engines.zero3 import expect as expect_layerwise
@@ -40,6 +40,7 @@ __all__ = [
     "full_shape",
     "has_grad",
     "is_dtensor",
+    "is_partitioned",
     "local",
     "local_grad",
     "locate",
