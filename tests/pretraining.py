@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,7 +22,7 @@ STEPS, SAVE_EVERY = 24, 4
 # vocabulary, width and the rest divide neither by 2 nor by 3; dropout needs the state of the random numbers
 MODEL = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 307, "hidden_size": 36,
-    "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1,
+    "intermediate_size": 52, "num_hidden_layers": 1, "num_attention_heads": 3, "num_key_value_heads": 1,
     "max_position_embeddings": 64, "tie_word_embeddings": False, "attention_dropout": 0.1,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
@@ -59,7 +61,7 @@ def flags(data: Path, output: Path, engine: str, *more: object) -> list[str]:
     optimizer = [] if "--deepspeed_config" in own else ["--optimizer", "FiraAdamW"]
     given = [
         "--model", data / "model.json", "--tokenizer", data / "tokenizer", "--train-data", data / "train.jsonl",
-        "--valid-data", data / "valid.jsonl", "--cache-dir", data / "cache", "--seq-len", 16, "--batch-size", 12,
+        "--valid-data", data / "valid.jsonl", "--cache-dir", data / "cache", "--seq-len", 16, "--batch-size", 12, "--micro-batch", 3,
         "--dtype", "fp32", "--lr", 0.01, "--rank", 8, "--optimizer-args", json.dumps(OPTIONS), "--eval-tokens", 512,
         "--eval-every", 6, "--log-every", 1, "--save-every", SAVE_EVERY, "--steps", STEPS, "--output", output,
     ]  # fmt: skip
@@ -106,6 +108,41 @@ class Job:
     def printed(self) -> str:
         """What all processes have printed."""
         return self.log.read_text()
+
+
+class TorchrunJob(Job):
+    """The same, started by torchrun: `processes` are its workers once they exist."""
+
+    def __init__(self, world: int, arguments: list[str], log: Path) -> None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        self.log, self.start = log, time.monotonic()
+        self.processes = [None] * world
+        with log.open("a") as file:
+            whole = [*command, str(ROOT / "launch" / "pretrain.py"), *arguments]
+            self.agent = subprocess.Popen(whole, stdout=file, stderr=file, env=environment, cwd=ROOT)
+
+    def alive(self) -> bool:
+        """Whether the agent still runs; it ends after its workers."""
+        return self.agent.poll() is None
+
+    def kill(self, ranks: list[int], number: int = signal.SIGKILL) -> None:
+        """Send a signal to these workers; to the agent, too, if it is all of them."""
+        workers = _children(self.agent.pid)
+        if len(ranks) == len(self.processes):
+            self.agent.send_signal(number)
+        for worker in workers if len(ranks) == len(self.processes) else [workers[r] for r in ranks if r < len(workers)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, number)
+
+    def wait(self, timeout: float = 120) -> list[int]:
+        """The agent's exit code."""
+        return [self.agent.wait(timeout)]
+
+
+def _children(parent: int) -> list[int]:
+    """Processes that a process has started, in order."""
+    return sorted(int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
 
 
 def run(world: int, arguments: list[str], log: Path, **options: Any) -> tuple[list[int], str]:
@@ -155,5 +192,16 @@ def same(first: Path, second: Path) -> list[str]:
     (weights, records), (others, other_records) = result(first), result(second)
     names = [n for n in {**weights, **others} if n not in weights or n not in others]
     names += [n for n in weights if n in others and not torch.equal(weights[n], others[n])]
-    steps = [r for r in records + other_records if r not in records or r not in other_records]
-    return names + [str(record) for record in steps]
+    steps = [str(r) for r in records + other_records if r not in records or r not in other_records]
+    if records != other_records and not steps:
+        steps = ["metrics.jsonl: a step twice, or another order"]
+    return names + steps + _checkpoints(first, second)
+
+
+def _checkpoints(first: Path, second: Path) -> list[str]:
+    """Files of the last checkpoints (weights, optimizer state, random numbers) that are not the same bytes."""
+    left, right = (max((run / "checkpoints").glob("step-????????")) for run in (first, second))
+    if left.name != right.name:
+        return [f"{left} and {right} are of different steps"]
+    files = sorted({path.name for folder in (left, right) for path in folder.glob("*.safetensors")})
+    return [f"{right}/{file}" for file in files if (left / file).read_bytes() != (right / file).read_bytes()]
