@@ -122,23 +122,20 @@ def fault_run(folder: Path, engine: str, kills: list[Plan], world: int, jobs: ty
 
 def table(lives: list[Life]) -> str:
     """A line a life."""
-    rows = [
-        f"{'life':>4} {'from':>5} {'killed':>8} {'at step':>8} {'during a save':>14} {'wall s':>7} {'others end s':>13}"
-    ]
+    rows = ["life  from    killed  at step  during a save  wall s  others end s"]
     for number, life in enumerate(lives, 1):
-        who = "finished" if life.plan is None else "all" if life.plan.who == "all" else f"rank {life.plan.who}"
-        during = ("yes" if life.during_save else "starting" if life.plan.when == "start" else "no") if life.plan else ""
-        rows.append(
-            f"{number:>4} {life.resumed:>5} {who:>8} {life.step:>8} {during:>14} {life.seconds:>7.1f} {life.waited:>13.2f}"
-        )
+        who, during = "finished", ""
+        if life.plan is not None:
+            who = "all" if life.plan.who == "all" else f"rank {life.plan.who}"
+            during = "yes" if life.during_save else "starting" if life.plan.when == "start" else "no"
+        row = f"{number:>4} {life.resumed:>5} {who:>9} {life.step:>8} {during:>14} {life.seconds:>7.1f}"
+        rows.append(f"{row} {life.waited:>13.2f}")
     return "\n".join(rows)
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description="Kill a training job at random moments; it must end as if undisturbed."
-    )
+    parser = argparse.ArgumentParser(description="Kill a training job at random moments; compare its end.")
     parser.add_argument("--kills", type=int, default=24)
     parser.add_argument("--engine", choices=sorted(ENGINES), default="fsdp2")
     parser.add_argument("--world", type=int, help="processes (default 2; hsdp: 4)")
@@ -157,8 +154,9 @@ def main() -> None:
     print(table(lives))
     done = [life for life in lives if life.plan is not None]
     print(
-        f"{args.engine}, {world} processes, {steps} steps, a save every {args.save_every}, {args.launcher}: {len(done)} "
-        f"kills, {sum(life.during_save for life in done)} during a save, {time.monotonic() - began:.0f} s in all"
+        f"{args.engine}, {world} processes, {steps} steps, a save every {args.save_every}, {args.launcher}: "
+        f"{len(done)} kills, {sum(life.during_save for life in done)} during a save, "
+        f"{time.monotonic() - began:.0f} s in all"
     )
     if different:
         sys.exit(f"DIFFERENT from the undisturbed run: {different[:10]} (kept in {folder})")

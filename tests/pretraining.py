@@ -61,8 +61,8 @@ def flags(data: Path, output: Path, engine: str, *more: object) -> list[str]:
     optimizer = [] if "--deepspeed_config" in own else ["--optimizer", "FiraAdamW"]
     given = [
         "--model", data / "model.json", "--tokenizer", data / "tokenizer", "--train-data", data / "train.jsonl",
-        "--valid-data", data / "valid.jsonl", "--cache-dir", data / "cache", "--seq-len", 16, "--batch-size", 12, "--micro-batch", 3,
-        "--dtype", "fp32", "--lr", 0.01, "--rank", 8, "--optimizer-args", json.dumps(OPTIONS), "--eval-tokens", 512,
+        "--valid-data", data / "valid.jsonl", "--cache-dir", data / "cache", "--seq-len", 16, "--batch-size", 12,
+        "--micro-batch", 3, "--dtype", "fp32", "--lr", 0.01, "--rank", 8, "--optimizer-args", json.dumps(OPTIONS), "--eval-tokens", 512,
         "--eval-every", 6, "--log-every", 1, "--save-every", SAVE_EVERY, "--steps", STEPS, "--output", output,
     ]  # fmt: skip
     return [str(part) for part in [*own, *optimizer, *given, *more]]
@@ -155,7 +155,8 @@ def _run(rank: int, world: int, port: int, arguments: list[str], log: str, limit
     with open(log, "a", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world), LOCAL_SIZE=str(world),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
