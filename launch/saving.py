@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from lowrank_ds.checkpoint.agree import CheckpointError
 
 import lowrank_ds
 from launch.engines import Trainer
 from launch.processes import Processes
 from launch.progress import Progress
 from launch.randomness import random_state
+from lowrank_ds.checkpoint.agree import CheckpointError
 from lowrank_ds.checkpoint.rotation import Rotation
 
 FOLDER = "checkpoints"  # in OUTPUT

@@ -138,13 +138,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Kill a training job at random moments; compare its end.")
     parser.add_argument("--kills", type=int, default=24)
     parser.add_argument("--engine", choices=sorted(ENGINES), default="fsdp2")
-    parser.add_argument("--world", type=int, help="processes (default 2; hsdp: 4)")
+    parser.add_argument("--world", type=int, help="processes (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: 4 a kill)")
     parser.add_argument("--save-every", type=int, default=3)
     parser.add_argument("--launcher", choices=["fork", "torchrun"], default="fork")
     args = parser.parse_args()
-    world, steps = args.world or (4 if args.engine == "hsdp" else 2), args.steps or 4 * args.kills
+    world, steps = args.world or 2, args.steps or 4 * args.kills
     folder, began = Path(tempfile.mkdtemp(prefix="faults-")), time.monotonic()
     prepare(folder / "data")
     kills = plans(args.kills, steps, args.save_every, world, args.seed)

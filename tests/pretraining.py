@@ -18,7 +18,6 @@ import numpy as np
 from tests.cluster import _context
 
 ROOT = Path(__file__).parents[1]
-STEPS, SAVE_EVERY = 24, 4
 # vocabulary, width and the rest divide neither by 2 nor by 3; dropout needs the state of the random numbers
 MODEL = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 307, "hidden_size": 36,
@@ -29,7 +28,7 @@ MODEL = {
 OPTIONS = {"update_proj_gap": 3, "weight_decay": 0.01}
 ENGINES: dict[str, list[str]] = {  # flags beside those of `flags`
     "ddp": [], "fsdp1": ["--engine", "fsdp1"], "fsdp2": ["--engine", "fsdp2"],
-    "hsdp": ["--engine", "hsdp", "--hsdp-shard", "2"], "layerwise": ["--engine", "fsdp2", "--layerwise"],
+    "hsdp": ["--engine", "hsdp", "--hsdp-shard", "1"], "layerwise": ["--engine", "fsdp2", "--layerwise"],
     **{f"zero{stage}": ["--deepspeed_config", f"zero{stage}.json"] for stage in (1, 2, 3)},
     "zero3-layerwise": ["--deepspeed_config", "zero3.json", "--layerwise"],
 }  # fmt: skip
@@ -47,6 +46,7 @@ def prepare(folder: Path) -> Path:
     write_documents(folder / "train.jsonl", documents[:70])
     write_documents(folder / "valid.jsonl", documents[70:])
     (folder / "model.json").write_text(json.dumps(MODEL))
+    (folder / "without_dropout.json").write_text(json.dumps({**MODEL, "attention_dropout": 0.0}))
     for stage in (1, 2, 3):
         config = json.loads((ROOT / "ds_configs" / f"zero{stage}_fira.json").read_text())
         config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
@@ -62,8 +62,8 @@ def flags(data: Path, output: Path, engine: str, *more: object) -> list[str]:
     given = [
         "--model", data / "model.json", "--tokenizer", data / "tokenizer", "--train-data", data / "train.jsonl",
         "--valid-data", data / "valid.jsonl", "--cache-dir", data / "cache", "--seq-len", 16, "--batch-size", 12,
-        "--micro-batch", 3, "--dtype", "fp32", "--lr", 0.01, "--rank", 8, "--optimizer-args", json.dumps(OPTIONS), "--eval-tokens", 512,
-        "--eval-every", 6, "--log-every", 1, "--save-every", SAVE_EVERY, "--steps", STEPS, "--output", output,
+        "--micro-batch", 3, "--dtype", "fp32", "--lr", 0.01, "--rank", 8, "--optimizer-args", json.dumps(OPTIONS),
+        "--eval-tokens", 512, "--eval-every", 6, "--log-every", 1, "--save-every", 4, "--steps", 10, "--output", output,
     ]  # fmt: skip
     return [str(part) for part in [*own, *optimizer, *given, *more]]
 
