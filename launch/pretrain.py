@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import platform
 import resource
+import shutil
 import sys
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from launch.options import BatchPlan, load_ds_config, optimizer_overrides, parse
 from launch.processes import Processes, find_processes
 from launch.progress import Progress
 from launch.resume import check_run, restore
-from launch.saving import PREEMPTED, Position, Preemption, Saver
+from launch.saving import PREEMPTED, PREEMPTED_FILE, Position, Preemption, Saver
 from launch.streaming import StreamBatches, held_out_blocks, open_stream
 from launch.tokenizer import load_tokenizer
 from lowrank_ds.checkpoint.rotation import replace_text
@@ -162,14 +163,15 @@ def train(args, trainer, batches, evaluate, progress: Progress, processes: Proce
         signalled = preemption.asked() if preemption else 0
         saved = saver.save(at) if signalled or saver.due(at.step) else False
         if signalled and at.step < args.steps:
-            stop_early(signalled, at.step, saver, saved, processes)
+            stop_early(args, signalled, at.step, saver, saved, processes)
 
 
-def stop_early(signal_number: int, step: int, saver: Saver, saved: bool, processes: Processes) -> None:
+def stop_early(args, signal_number: int, step: int, saver: Saver, saved: bool, processes: Processes) -> None:
     """End the job as a scheduler asked, with an exit code that says whether it can go on from here."""
     if not saved:
         raise SystemExit(f"{saver.failure}. The job ends, as signal {signal_number} asked")
     if processes.is_main:
+        replace_text(Path(args.output) / PREEMPTED_FILE, f"{step}\n")  # launchers such as torchrun hide exit codes
         print(f"signal {signal_number}: saved after step {step}; go on with --resume auto", flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -221,6 +223,7 @@ def announce(args, config: dict | None, run: dict, trainer, plan: BatchPlan, pro
     """Write arguments.json and say what is trained."""
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
+    (output / PREEMPTED_FILE).unlink(missing_ok=True)
     facts = {**vars(args), "ds_config": config, "run": run}
     replace_text(output / "arguments.json", json.dumps(facts, indent=2) + "\n")
     print(
@@ -235,6 +238,9 @@ def announce(args, config: dict | None, run: dict, trainer, plan: BatchPlan, pro
 def finish(args, config: dict | None, trainer, plan: BatchPlan, tokenizer, processes: Processes, found: dict) -> None:
     """Write what a finished run leaves; summary.json comes last, and says that it is finished. found: its results."""
     output = Path(args.output)
+    if processes.is_main:
+        shutil.rmtree(output / "checkpoint", ignore_errors=True)  # half of one, if the job was killed right here
+    processes.barrier()
     trainer.save(output / "checkpoint", {"step": args.steps, "samples": args.steps * plan.total, "seed": args.seed})
     weights = trainer.weights()
     if processes.is_main:
@@ -260,7 +266,8 @@ def main() -> None:
     run = describe_run(args, config, plan, tokenizer, batches.fingerprint(), fingerprint_blocks(held_out))
     check_run(args, run)
     if args.resume == "auto" and (output / "summary.json").exists():
-        print(f"{output}: this run is finished; nothing to do")
+        if processes.is_main:
+            print(f"{output}: this run is finished; nothing to do")
         return
     factor = warmup_cosine(args.steps, args.warmup_steps, args.min_lr_ratio)
     if config:

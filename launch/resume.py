@@ -6,8 +6,6 @@ import time
 from pathlib import Path
 
 import torch
-from lowrank_ds.checkpoint.agree import CheckpointError, place, together
-from lowrank_ds.checkpoint.format import Manifest, check_file
 
 import lowrank_ds
 from launch.engines import Trainer
@@ -16,7 +14,10 @@ from launch.processes import Processes
 from launch.progress import Progress
 from launch.randomness import restore_random_state, seed_all
 from launch.saving import FOLDER, Position
+from lowrank_ds.checkpoint.agree import CheckpointError, place, together
+from lowrank_ds.checkpoint.format import Manifest, check_file
 from lowrank_ds.checkpoint.rotation import Rotation
+from lowrank_ds.optimizer import LowRankOptimizer
 
 
 def candidates(args) -> list[Path]:
@@ -48,8 +49,15 @@ def check_run(args, run: dict) -> None:
     """Compare the flags with those of what is in OUTPUT, or of --resume PATH, before anything is written.
 
     Raises:
-        SystemExit: a flag that changes the run has another value; or --resume PATH is damaged.
+        SystemExit: a flag that changes the run has another value; --resume PATH is damaged; or the optimizer is not
+            one whose state can be saved.
     """
+    name = run["--optimizer"]
+    if (args.save_every or args.resume != "none") and not issubclass(getattr(lowrank_ds, name, int), LowRankOptimizer):
+        raise SystemExit(
+            f"--save-every and --resume need an optimizer of lowrank_ds, whose state they know; {name} "
+            "is none. Leave them out, or choose another --optimizer"
+        )
     for path in candidates(args):
         try:
             saved = Manifest.read(path).extra["run"]

@@ -20,6 +20,7 @@ from lowrank_ds.checkpoint.agree import CheckpointError
 from lowrank_ds.checkpoint.rotation import Rotation
 
 FOLDER = "checkpoints"  # in OUTPUT
+PREEMPTED_FILE = "preempted"  # in OUTPUT, while a preempted run waits to go on
 PREEMPTED = 75  # exit code, EX_TEMPFAIL of sysexits.h: "the user is invited to retry"
 
 

@@ -48,12 +48,14 @@ class Life:
 
 
 def plans(kills: int, steps: int, save_every: int, world: int, seed: int) -> list[Plan]:
-    """Kills spread over the run: a third of them at saves, a sixth at starts; one rank in half of the cases."""
+    """Kills spread over the run: a third at saves, a sixth at starts, the last at the end; half of them of one rank."""
     draw, found = random.Random(seed), []
     last = steps - save_every
     for number in range(kills):
         when = ("step", "save", "step", "save", "step", "start")[number % 6]
         step = round(1 + (last - 1) * (number + draw.random()) / kills)
+        if number == kills - 1:
+            when, step = "step", steps  # the last save, evaluation, or what a finished run writes
         delay = draw.uniform(0, {"step": 0.1, "save": 0.02, "start": 2.0}[when])
         found.append(Plan(when, step, draw.choice(["all", str(draw.randrange(world))]), delay))
     return found
