@@ -32,11 +32,18 @@ class BoundGroups(NamedGroups):
 
     def _bind(self, group: dict[str, Any], index: int) -> list[Slot]:
         """The slots of one tensor, made when it is first met and again when its state was replaced."""
-        hosts, names = group["params"], group["param_names"]
-        host = hosts[index]
+        host = group["params"][index]
         store = self.state[host]
         if host in self._slots and _same(self._bound[host], store):
             return self._slots[host]
+        self._slots[host] = self._found(group, index, store)
+        self._bound[host] = dict(store)
+        return self._slots[host]
+
+    def _found(self, group: Mapping[str, Any], index: int, store: dict[str, Tensor]) -> list[Slot]:
+        """The slots of one tensor; their state is made in `store`, or checked and taken over if it is there."""
+        hosts, names = group["params"], group["param_names"]
+        host = hosts[index]
         unchanged = len(names) == len(hosts) and self._originals[names[index]]() is host
         members = [(name, self._originals[name]()) for name in ([names[index]] if unchanged else names)]
         placements = engines.locate(host, [host] if unchanged else hosts, members, self._shapes)
@@ -50,13 +57,11 @@ class BoundGroups(NamedGroups):
                 "from this engine, which sums whole ones itself (DeepSpeed ZeRO, FSDP1). Leave it out (DeepSpeed: "
                 "gradient_accumulation_steps in the ds_config), or use FSDP2."
             )
-        self._slots[host] = [
+        return [
             slot
             for at in placements
             for slot in bind(host, at, recipe, at.name in self._projected, group["matricize"], alone, store)
         ]
-        self._bound[host] = dict(store)
-        return self._slots[host]
 
     def start_anew(self) -> None:
         """Forget all state: the next step is the first."""
@@ -69,12 +74,14 @@ class BoundGroups(NamedGroups):
 
         Raises:
             ValueError: the state was saved by another algorithm, or with options that change its shape or meaning.
+                Nothing has changed then.
         """
         groups = [
             self._loaded_group(i, ours, theirs)
             for i, (ours, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False))
         ]
         rest = state_dict["param_groups"][len(groups) :]
+        self._check_state(groups, state_dict)
         super().load_state_dict({**state_dict, "param_groups": [*groups, *rest], "state": {}})
         ours = [p for group in self.param_groups for p in group["params"]]
         theirs = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -84,6 +91,18 @@ class BoundGroups(NamedGroups):
                 self.state[p][name] = torch.as_tensor(value).detach().clone().to("cpu" if counter else p.device)
         self._slots.clear()
         self._bound.clear()
+
+    def _check_state(self, groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming the parameter, if loaded state does not fit the tensors as they lie now."""
+        for ours, new, saved in zip(self.param_groups, groups, state_dict["param_groups"], strict=False):
+            for index, number in enumerate(saved["params"][: len(ours["params"])]):
+                store = {k: torch.as_tensor(v) for k, v in state_dict["state"].get(number, {}).items()}
+                if not store:
+                    continue  # of a fresh optimizer: accelerate loads such state at once
+                try:
+                    self._found({**new, "params": ours["params"], "param_names": ours["param_names"]}, index, store)
+                except RuntimeError:
+                    continue  # an engine has the tensors gathered, say: then the first step looks at the state
 
     def _loaded_group(self, index: int, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
         """A saved group's hyper-parameters over ours; the tensors, names and shape of the state stay ours."""

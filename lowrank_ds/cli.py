@@ -43,10 +43,48 @@ def main(argv: list[str] | None = None) -> int:
     runner.add_argument("script", help="a Python script")
     runner.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     commands.add_parser("info", help="versions, optimizers and their options")
+    _checkpoint_commands(commands)
     given = parser.parse_args(argv)
     if given.command == "run":
         launcher = [f"--local_rank={given.local_rank}"] if given.local_rank is not None else []
         run(given.script, [*launcher, *given.arguments])
-    else:
+    elif given.command == "info":
         print(info())
+    else:
+        return _checkpoint(given)
+    return 0
+
+
+def _checkpoint_commands(commands: argparse._SubParsersAction) -> None:
+    """What can be done with folders that `save_checkpoint` wrote."""
+    joined = commands.add_parser("consolidate", help="join a checkpoint's pieces: every tensor whole")
+    cut = commands.add_parser("reshard", help="divide a checkpoint among another number of files")
+    for command in (joined, cut):
+        command.add_argument("source", type=pathlib.Path, help="a folder that save_checkpoint wrote")
+        command.add_argument("out", type=pathlib.Path, help="a new folder")
+    cut.add_argument("--files", type=int, required=True, help="how many")
+    shown = commands.add_parser("inspect", help="what is in a checkpoint, and whether it is undamaged")
+    shown.add_argument("source", type=pathlib.Path, help="a folder that save_checkpoint wrote")
+    shown.add_argument("--no-verify", action="store_true", help="do not compare checksums (reads all files)")
+
+
+def _checkpoint(given: argparse.Namespace) -> int:
+    """Run one of them; 1 if the checkpoint is damaged or cannot be written."""
+    from lowrank_ds.checkpoint import CheckpointError, tools
+
+    try:
+        if given.command == "inspect":
+            text, undamaged = tools.describe(given.source, not given.no_verify)
+            print(text)
+            return 0 if undamaged else 1
+        with tools.Checkpoint(given.source) as source:
+            source.check_files()
+            if given.command == "consolidate":
+                tools.consolidate(source, given.out)
+            else:
+                tools.reshard(source, given.out, given.files)
+    except (CheckpointError, OSError) as error:
+        print(f"lowrank-ds {given.command}: {error}", file=sys.stderr)
+        return 1
+    print(tools.describe(given.out, verify=False)[0])
     return 0

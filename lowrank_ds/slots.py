@@ -158,14 +158,13 @@ def stored(slot: Slot, recipe: Recipe) -> dict[str, Stored]:
     return _all_shapes(slot.layout, recipe, slot.projected)
 
 
-def state_names(recipe: Recipe) -> tuple[frozenset[str], frozenset[str]]:
-    """Names of the state tensors of (a projected matrix, a matrix that is not), sums of micro-batches left out."""
+def state_names(recipe: Recipe) -> frozenset[tuple[bool, str]]:
+    """{(of a projected matrix, name)} of a recipe's state tensors; sums of micro-batches are left out."""
     recipe = dataclasses.replace(recipe, accumulation=None)
     layout = Flat.whole((2**16, 2**16))
-    projected = recipe.subspace is not None or recipe.correction is not None
-    return frozenset(_all_shapes(layout, recipe, True) if projected else ()), frozenset(
-        _all_shapes(layout, recipe, False)
-    )
+    inside = recipe.subspace is not None or recipe.correction is not None
+    kinds = ([True] if inside else []) + [False]
+    return frozenset((projected, name) for projected in kinds for name in _all_shapes(layout, recipe, projected))
 
 
 def _all_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, Stored]:
