@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import re
 import shutil
@@ -77,18 +78,23 @@ def live(start: Callable[[], Job], output: Path, plan: Plan | None, timeout: flo
     found = re.findall(r"resumed from \S+: (\d+) of", job.printed())
     resumed = int(found[-1]) if found else 0
     seconds = time.monotonic() - began
-    return Life(plan, resumed, _last_step(output), bool(_halves(output) - before), seconds, waited)
+    return Life(plan, resumed, last_step(output), bool(_halves(output) - before), seconds, waited)
 
 
 def _until(job: Job, output: Path, plan: Plan, deadline: float) -> None:
     """Wait for the moment of a kill, or for the end of the job."""
     known = _halves(output)
     if plan.when != "start":
-        while job.alive() and _last_step(output) < plan.step and time.monotonic() < deadline:
-            time.sleep(0.001)
-    while plan.when == "save" and job.alive() and not _halves(output) - known and time.monotonic() < deadline:
-        time.sleep(0.0002)
+        wait_for(job, lambda: last_step(output) >= plan.step, deadline)
+    if plan.when == "save":
+        wait_for(job, lambda: bool(_halves(output) - known), deadline)
     time.sleep(plan.delay)
+
+
+def wait_for(job: Job, condition: Callable[[], bool], deadline: float = math.inf) -> None:
+    """Until it holds, the job has ended, or it is too late."""
+    while job.alive() and not condition() and time.monotonic() < deadline:
+        time.sleep(0.0005)
 
 
 def _halves(output: Path) -> set[str]:
@@ -98,7 +104,8 @@ def _halves(output: Path) -> set[str]:
     return {name for name in names if ".partial" in name or ".removed" in name}
 
 
-def _last_step(output: Path) -> int:
+def last_step(output: Path) -> int:
+    """Of the last record in metrics.jsonl, 0 if there is none."""
     try:
         lines = (output / "metrics.jsonl").read_text().splitlines()
         return json.loads(lines[-1])["step"] if lines else 0
