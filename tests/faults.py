@@ -70,7 +70,9 @@ def live(start: Callable[[], Job], output: Path, plan: Plan | None, timeout: flo
         _until(job, output, plan, began + timeout)
         job.kill(list(range(len(job.processes))) if plan.who == "all" else [int(plan.who)])
         killed = time.monotonic()
-        job.wait(timeout)
+        # a rank that dies before the others have met it leaves them waiting at the door; a launcher ends them
+        late = job.end(1.0 if plan.when == "start" else 60.0)
+        assert plan.when == "start" or not late, f"ranks {late} did not hear of it:\n{job.printed()[-3000:]}"
         waited = time.monotonic() - killed
     else:
         codes = job.wait(timeout)

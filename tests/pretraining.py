@@ -93,15 +93,20 @@ class Job:
             if self.processes[rank].is_alive():
                 os.kill(self.processes[rank].pid, number)
 
-    def wait(self, timeout: float = 120) -> list[int]:
-        """Exit codes (negative: of a signal), once all have ended."""
-        deadline = time.monotonic() + timeout
+    def end(self, grace: float) -> list[int]:
+        """Wait for all to end; what still runs after `grace` seconds is killed, as a launcher would, and answered."""
+        deadline = time.monotonic() + grace
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
         late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
         self.kill(late)
         for process in self.processes:
             process.join()
+        return late
+
+    def wait(self, timeout: float = 120) -> list[int]:
+        """Exit codes (negative: of a signal), once all have ended by themselves."""
+        late = self.end(timeout)
         assert not late, f"ranks {late} still ran after {timeout} s:\n{self.printed()[-3000:]}"
         return [process.exitcode for process in self.processes]
 
@@ -134,6 +139,11 @@ class TorchrunJob(Job):
         for worker in workers if len(ranks) == len(self.processes) else [workers[r] for r in ranks if r < len(workers)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, number)
+
+    def end(self, grace: float) -> list[int]:
+        """Wait for the agent, which ends the workers."""
+        self.agent.wait(120)
+        return []
 
     def wait(self, timeout: float = 120) -> list[int]:
         """The agent's exit code."""
