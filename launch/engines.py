@@ -2,7 +2,7 @@
 
 All offer `optimizer`, `watch`, `train_step(batches)`, `logits(ids)`, `weights(keep)` and `save(directory, state)`.
 `module` has the parameters and Hugging Face's methods; `parameters` is how many weights the whole model has; `wrapped`
-is what the engine made of the model, and `schedule` the learning rates, None where `wrapped` looks after them.
+is what the engine made of the model, and `schedule` the learning rates, ours or those of a ds_config's section.
 """
 
 import os
@@ -30,7 +30,7 @@ class Trainer(ABC):
 
     module: nn.Module
     wrapped: nn.Module
-    schedule: torch.optim.lr_scheduler.LRScheduler | None
+    schedule: torch.optim.lr_scheduler.LRScheduler
     optimizer: torch.optim.Optimizer
 
     def __init__(self, model: nn.Module, processes: Processes):
@@ -77,7 +77,7 @@ class DeepSpeedTrainer(Trainer):
             model=model, model_parameters=groups, config=config, lr_scheduler=schedule
         )
         self.module, self.optimizer = self.engine.module, self.engine.basic_optimizer
-        self.wrapped, self.schedule = self.engine, None
+        self.wrapped, self.schedule = self.engine, self.engine.lr_scheduler
 
     def train_step(self, batches: list[torch.Tensor]) -> torch.Tensor:
         self.engine.train()

@@ -138,10 +138,7 @@ def _unpack(args, extra: dict, local: dict | None, trainer: Trainer, batches, pr
     mean, since = extra["loss"]
     perplexity = math.nan if extra["perplexity"] is None else extra["perplexity"]
     position = Position(extra["step"], torch.tensor(mean, device=processes.device), since, perplexity)
-    if trainer.schedule is not None:
-        trainer.schedule.load_state_dict(extra["schedule"])
-        for group, lr in zip(trainer.optimizer.param_groups, trainer.schedule.get_last_lr(), strict=True):
-            group["lr"] = lr
+    restore_schedule(trainer, extra["schedule"])
     trainer.watch.before = extra["watch"]
     if local is None:  # of another number of processes
         batches.restore(None)
@@ -151,6 +148,17 @@ def _unpack(args, extra: dict, local: dict | None, trainer: Trainer, batches, pr
     position.loss = local["loss"].to(processes.device)
     restore_random_state(local)
     return position
+
+
+def restore_schedule(trainer: Trainer, saved: dict) -> None:
+    """Learning rates from here on; those of this step are in the optimizer's groups already."""
+    schedule = trainer.schedule
+    if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+        # Ours: its place is one number. The rest is a list with an entry a group, and engines make one group or two.
+        rates = [group["lr"] for group in trainer.optimizer.param_groups]
+        place = {key: saved[key] for key in ("last_epoch", "_step_count")}
+        saved = {**schedule.state_dict(), **place, "_last_lr": rates}
+    schedule.load_state_dict(saved)
 
 
 def _say(processes: Processes, text: str) -> None:

@@ -106,13 +106,12 @@ class Saver:
 
     def _extra(self, position: Position, mean_loss: float) -> dict:
         """What is the same on every process (times are the main one's)."""
-        schedule = self.trainer.schedule
         return {
             "run": self.run,
             "step": position.step,
             "loss": [mean_loss, position.since],
             "perplexity": None if math.isnan(position.perplexity) else position.perplexity,
-            "schedule": None if schedule is None else schedule.state_dict(),
+            "schedule": self.trainer.schedule.state_dict(),
             "progress": self.progress.state(),
             "watch": self.trainer.watch.report(),
         }

@@ -86,7 +86,8 @@ def live(start: Callable[[], Job], output: Path, plan: Plan | None, timeout: flo
 def _until(job: Job, output: Path, plan: Plan, deadline: float) -> None:
     """Wait for the moment of a kill, or for the end of the job."""
     known = _halves(output)
-    if plan.when != "start":
+    if plan.when != "start":  # the records of steps that are done again are gone when it says what it trains
+        wait_for(job, lambda: "tokens a step" in job.printed(), deadline)
         wait_for(job, lambda: last_step(output) >= plan.step, deadline)
     if plan.when == "save":
         wait_for(job, lambda: bool(_halves(output) - known), deadline)

@@ -112,7 +112,7 @@ class Job:
 
     def printed(self) -> str:
         """What all processes have printed."""
-        return self.log.read_text()
+        return self.log.read_text() if self.log.exists() else ""
 
 
 class TorchrunJob(Job):
