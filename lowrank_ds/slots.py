@@ -223,7 +223,8 @@ def _check_loaded(parameter: str, name: str, store: Mapping[str, Tensor], key: s
         raise ValueError(
             f"{parameter}: the loaded {name!r} has shape {tuple(value.shape)}, expected {tuple(expected.shape)}. It "
             "was saved with another rank, proj_type or sharding; resume with the same ones, or save and load with "
-            "torch.distributed.checkpoint, which reshards FSDP2 state."
+            "lowrank_ds.save_checkpoint and load_checkpoint, for any engine and world size (FSDP2: or with "
+            "torch.distributed.checkpoint)."
         )
     if value.dtype != expected.dtype:
         raise ValueError(

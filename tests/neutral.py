@@ -11,9 +11,11 @@ import lowrank_ds
 from tests import training
 from tests.cluster import batches, share, tiny_llama
 
+GAP = 3  # bases are renewed in steps 0, 3, 6, ...
+
 
 class Run(NamedTuple):
-    """A model in training. model: what checkpoints are given (a DeepSpeed engine for ZeRO); optimizer: None for ZeRO."""
+    """A model in training. model: what checkpoints are given (ZeRO: the engine). optimizer: None for ZeRO."""
 
     model: Any
     optimizer: Any
@@ -23,32 +25,32 @@ class Run(NamedTuple):
         """{name: whole weight}; under ZeRO the ones the model computes with."""
         return training.weights_of(self.model.module if self.optimizer is None else self.model)
 
-    def snapshot(self) -> tuple[dict, dict]:
-        """(whole weights, this rank's state by (number of the tensor, key)): copies."""
+    def state(self) -> dict[tuple[int, str], torch.Tensor]:
+        """{(number of the tensor, key): a copy of this rank's part}."""
         optimizer = self.model.basic_optimizer if self.optimizer is None else self.optimizer
         own = enumerate(optimizer.state.values())
-        state = {(i, k): getattr(v, "to_local", lambda v=v: v)().clone() for i, s in own for k, v in s.items()}
-        return self.weights(), state
+        return {(i, k): getattr(v, "to_local", lambda v=v: v)().clone() for i, s in own for k, v in s.items()}
 
 
-def start(kind: str, recipe: str, rank: int, world: int, seed: int = 0, bf16: bool = False, **settings: Any) -> Run:
-    """An untrained model under an engine: "one", "ddp", "zero1" ... "zero3", "zero3 layerwise", "fsdp1", "fsdp2",
-    "hsdp", "fsdp2 tp". settings: the recipe's."""
-    model = tiny_llama(seed)
+def start(
+    kind: str, recipe: str, rank: int, world: int, /, initial: int = 0, bf16: bool = False, **settings: Any
+) -> Run:
+    """An untrained model under an engine: "one", "ddp", "zero1" ... "zero3", "zero3 layerwise", "zero2 scheduled",
+    "fsdp1", "fsdp2", "hsdp", "fsdp2 tp". initial: seed of the weights. settings: the recipe's."""
+    known = training.settings_of(recipe)[1]
+    settings = {name: GAP for name in ("update_proj_gap", "kappa") if name in known} | settings
+    model = tiny_llama(initial)
     if kind.startswith("zero"):
         return _zero(kind, recipe, rank, world, model, bf16, settings)
     model = model.bfloat16() if bf16 else model
-    place, parts = training.data_ranks(kind, rank, world)
+    place, parts = (0, 1) if kind == "one" else training.data_ranks(kind, rank, world)
     if kind == "ddp":
         model = torch.nn.parallel.DistributedDataParallel(model)
     elif kind == "fsdp1":
         model = training.fsdp1_model(model)
     elif kind != "one":
         model = training.fully_sharded(kind, world, model)
-    build = training.fsdp1_optimizer if kind == "fsdp1" else training.build
-    optimizer = build(recipe, model, **settings)
-    if kind == "one":
-        place, parts = 0, 1
+    optimizer = (training.fsdp1_optimizer if kind == "fsdp1" else training.build)(recipe, model, **settings)
 
     def advance(steps: range) -> None:
         for batch in batches(steps.stop)[steps.start :]:
@@ -64,8 +66,9 @@ def _zero(kind: str, recipe: str, rank: int, world: int, model: Any, bf16: bool,
     more: dict[str, Any] = {"bf16": {"enabled": True}} if bf16 else {}
     if "layerwise" in kind:
         settings = {**settings, "layerwise": True}
-    more["scheduler"] = {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 1e-2}}
-    more = more if "scheduled" in kind else {k: v for k, v in more.items() if k != "scheduler"}
+    if "scheduled" in kind:
+        warmup = {"warmup_num_steps": 6, "warmup_max_lr": 1e-3, "warmup_type": "linear"}
+        more["scheduler"] = {"type": "WarmupLR", "params": warmup}
     engine = training.zero_engine(recipe, int(kind[4]), world, model, settings=settings, **more)
 
     def advance(steps: range) -> None:
@@ -79,5 +82,5 @@ def _zero(kind: str, recipe: str, rank: int, world: int, model: Any, bf16: bool,
 
 def resume(folder: str, kind: str, recipe: str, rank: int, world: int, **more: Any) -> tuple[Run, Any]:
     """(a run with other initial weights that has loaded `folder`, what loading answered)."""
-    run = start(kind, recipe, rank, world, seed=3, **more)
+    run = start(kind, recipe, rank, world, initial=3, **more)
     return run, lowrank_ds.load_checkpoint(folder, run.model, run.optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -224,14 +225,22 @@ STATES = [
 
 @pytest.mark.parametrize(("saved", "message"), STATES, ids=[m for _, m in STATES])
 def test_state_that_does_not_fit_is_refused_by_name(saved, message: str) -> None:
-    """State tensors of another shape or algorithm, under matching groups, name the parameter at the step."""
+    """State tensors of another shape or algorithm, under matching groups, name the parameter; nothing changes."""
     layers, loaded = model(), saved()
     optimizer = GaLoreAdamW(param_groups(layers, rank=2), lr=1e-3)
-    ours = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": loaded["state"], "param_groups": ours})
     layers(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(ValueError, match=message):
-        optimizer.step()
+    for trained in (False, True):  # before the first step it is known how plain tensors lie, too
+        if trained:
+            optimizer.step()
+        ours = copy.deepcopy(optimizer.state_dict())
+        groups = [{**group, "lr": 0.5} for group in ours["param_groups"]]
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict({"state": loaded["state"], "param_groups": groups})
+        now = optimizer.state_dict()
+        assert now["param_groups"] == ours["param_groups"] and now["state"].keys() == ours["state"].keys()
+        for i, own in ours["state"].items():
+            assert own.keys() == now["state"][i].keys()
+            assert all(torch.equal(value, now["state"][i][key]) for key, value in own.items())
 
 
 def test_a_name_taken_on_torch_optim_is_refused(monkeypatch) -> None:

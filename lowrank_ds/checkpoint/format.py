@@ -37,8 +37,8 @@ _NAMES = {
 class Key(NamedTuple):
     """What a tensor is.
 
-    section: "weights", "buffers", "state" or "local". name: of the parameter, buffer or matrix; for "local", the rank
-    as a string. part: of "state" and "local", which of its tensors; else "".
+    section: "weights", "buffers", "state", "gradients" (amid a step only) or "local". name: of the parameter, buffer or
+    matrix; for "local", the rank as a string. part: of "state" and "local", which of its tensors; else "".
     """
 
     section: str
@@ -49,7 +49,7 @@ class Key(NamedTuple):
         """What it is called in files (followed by @start where it is not whole) and messages."""
         if self.section in ("weights", "buffers"):
             return self.name
-        return f"local::{self.name}::{self.part}" if self.section == "local" else f"{self.name}::{self.part}"
+        return f"{self.name}::{self.part}" if self.section == "state" else f"{self.section}::{self.name}::{self.part}"
 
 
 class Piece(NamedTuple):

@@ -19,12 +19,16 @@ from lowrank_ds.groups import logger
 
 
 class _Plan:
-    """What one rank is going to do: `parts` to read and `groups` to put in place, in `target`, from `saved`."""
+    """What one rank is going to do: `parts` to read and `groups` to put in place, in `target`, from `saved`.
+
+    summed: it was saved between the micro-batches of a step, with the whole gradients that belong to it.
+    """
 
     target: Target
     saved: Checkpoint
     parts: list[Part]
     groups: list[dict[str, Any]] | None = None
+    summed: bool = False
 
 
 def load_checkpoint(
@@ -79,7 +83,8 @@ def _check_all(plan: _Plan, optimizer_state: bool) -> None:
     saved, target = plan.saved, plan.target
     if target.optimizer is not None and optimizer_state:
         plan.groups = checked_groups(saved.manifest, target.optimizer)
-    parts = [part for part in places.parts(target) if plan.groups is not None or part.key.section != "state"]
+    loaded = ("weights", "buffers") if plan.groups is None else ("weights", "buffers", "state")
+    parts = [part for part in places.parts(target) if part.key.section in loaded]
     plan.parts = [part for part in parts if _check(saved, part)]
     known = places.names(target)
     for key in saved.manifest.entries:
@@ -89,6 +94,7 @@ def _check_all(plan: _Plan, optimizer_state: bool) -> None:
             )
     if plan.groups is not None:
         _check_sums(saved, {part.key for part in parts})
+        plan.summed = any(key.section == "gradients" for key in saved.manifest.entries)
 
 
 def _check(saved: Checkpoint, part: Part) -> bool:
@@ -151,7 +157,10 @@ def _dtype(saved: Checkpoint, part: Part) -> str:
 
 def _read(plan: _Plan) -> None:
     """Fill everything, one tensor at a time."""
-    for part in plan.parts:
+    parts, saved = list(plan.parts), plan.saved
+    if plan.summed:
+        parts += places.gradient_parts(plan.target, lambda name, _: saved.entry(Key("gradients", name)) is not None)
+    for part in parts:
         here = part.get()
         if plan.saved.entry(part.key) is None:
             here.zero_()

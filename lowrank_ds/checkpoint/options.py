@@ -34,10 +34,18 @@ def checked_groups(saved: Manifest, optimizer: LowRankOptimizer) -> list[dict[st
             f"it was saved with {saved.algorithm}, whose state means nothing to {ours}. {_WEIGHTS_ONLY}"
         )
     theirs = {name: group for group in saved.groups for name in group["param_names"]}
-    names = [name for group in optimizer.param_groups for name in group["param_names"]]
-    _same_names(set(theirs), set(names), "trained", ours)
-    _same_names(set(saved.projected), set(optimizer._projected), "projected", ours)
+    names = {name for group in optimizer.param_groups for name in trained_names(optimizer, group)}
+    _same_names(set(theirs), names, "trained", ours)
+    _same_names(set(saved.projected), names & optimizer._projected, "projected", ours)
     return [_merged(i, group, theirs, optimizer) for i, group in enumerate(optimizer.param_groups)]
+
+
+def trained_names(optimizer: LowRankOptimizer, group: Mapping[str, Any]) -> list[str]:
+    """Names of a group's parameters that are not frozen."""
+    names, tensors = group["param_names"], group["params"]
+    if len(tensors) != len(names):  # ZeRO-1/2/3: partitions
+        tensors = [optimizer._originals[name]() for name in names]
+    return [name for name, p in zip(names, tensors, strict=True) if p is None or p.requires_grad]
 
 
 def _same_names(theirs: Iterable[str], ours: Iterable[str], what: str, algorithm: str) -> None:
@@ -54,7 +62,7 @@ def _merged(
     index: int, group: Mapping[str, Any], saved: Mapping[str, Mapping[str, Any]], optimizer: LowRankOptimizer
 ) -> dict[str, Any]:
     """One group of ours with the options its parameters were saved with."""
-    names = group["param_names"]
+    names = trained_names(optimizer, group)
     projected = [name for name in names if name in optimizer._projected]
     if not names:
         return {k: v for k, v in group.items() if k != "params"}

@@ -21,6 +21,7 @@ from lowrank_ds.checkpoint.agree import CheckpointError
 from lowrank_ds.checkpoint.format import Key
 from lowrank_ds.checkpoint.runs import Run
 from lowrank_ds.engines import deepspeed_checkpoint
+from lowrank_ds.layout import Layout
 from lowrank_ds.optimizer import LowRankOptimizer
 from lowrank_ds.slots import Slot, stored
 
@@ -104,10 +105,36 @@ def optimizer_parts(target: Target) -> Iterator[Part]:
         recipe = target.optimizer.recipe(group)
         for slot in slots:
             shape = target.optimizer._shapes[slot.parameter]
-            name = names(slot, host)
-            yield from _weight(Key("weights", name), shape, host, slot.start, slot.layout, _first(slot))
+            key = Key("weights", names(slot, host))
+            yield from _pieces(key, shape, lambda host=host: engines.local(host), slot.start, slot.layout, _first(slot))
             for part, how in stored(slot, recipe).items():
                 yield _state(slot, part, how, shape)
+
+
+def gradient_parts(target: Target, wanted: Callable[[str, Tensor], bool]) -> Iterator[Part]:
+    """Whole gradients, which a step that sums micro-batches in a subspace needs of all else; zeros where there is none.
+
+    wanted(name in the model, tensor): whether to answer one.
+    """
+    names = _model_names(target)
+    for _, host, slots in hosts(target.optimizer):
+        for slot in slots:
+            name, shape = names(slot, host), target.optimizer._shapes[slot.parameter]
+            if wanted(name, host):
+                local = lambda host=host: _gradient(host)
+                yield from _pieces(Key("gradients", name), shape, local, slot.start, slot.layout, _first(slot))
+
+
+def _gradient(host: Tensor) -> Tensor:
+    if host.grad is None:
+        host.grad = torch.zeros_like(host)
+    return engines.local_grad(host)
+
+
+def sums_now(target: Target) -> bool:
+    """Whether micro-batches were summed in a subspace since the last step."""
+    slots = target.optimizer._slots.values() if target.optimizer is not None else ()
+    return any(slot.micro_batches for own in slots for slot in own)
 
 
 def _first(slot: Slot) -> int:
@@ -126,19 +153,22 @@ def _model_names(target: Target) -> Callable[[Slot, Tensor], str]:
     return name_of
 
 
-def _weight(key: Key, shape, host: Tensor, start: int, layout, first: int) -> Iterator[Part]:
+def _pieces(key: Key, shape, local: Callable[[], Tensor], start: int, layout: Layout, first: int) -> Iterator[Part]:
+    """What is held of one matrix of a tensor of the parameter's shape; `local()`: the plain tensor that has it."""
     for run in runs.of_layout(layout, first):
-        yield Part(key, shape, run, engines.local(host).dtype, *_access(host, start, run.size))
+        yield Part(key, shape, run, local().dtype, *_access(local, start, run.size))
 
 
-def _access(host: Tensor, start: int, size: int) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
+def _access(
+    local: Callable[[], Tensor], start: int, size: int
+) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
     """How to get at entries [start, start + size) of a tensor an optimizer or a model has, and to write them back."""
 
     def get() -> Tensor:
-        return engines.local(host).detach().contiguous().view(-1)[start : start + size]
+        return local().detach().contiguous().view(-1)[start : start + size]
 
     def put(entries: Tensor) -> None:
-        here = engines.local(host).detach()
+        here = local().detach()
         if not here.is_contiguous():  # then `entries` are of a copy
             whole = here.contiguous()
             whole.view(-1)[start : start + size] = entries
@@ -201,7 +231,7 @@ def _own(key: Key, tensor: Tensor) -> Iterator[Part]:
     count, m, n = selection.matrices(shape, "auto") if len(shape) > 1 else (1, 1, math.prod(shape))
     for at in engines.locate(tensor, [tensor], [(key.name, tensor)], {key.name: shape}):
         for i, start, layout in at.matrices(count, m, n):
-            yield from _weight(key, shape, tensor, start, layout, i * m * n)
+            yield from _pieces(key, shape, lambda: engines.local(tensor), start, layout, i * m * n)
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -219,6 +249,8 @@ def parts(target: Target) -> list[Part]:
     found = [] if target.optimizer is None else list(optimizer_parts(target))
     trained = {part.key.name for part in found if part.key.section == "weights"}
     trained |= _trained_elsewhere(target)
+    if sums_now(target):
+        found += gradient_parts(target, lambda _, host: engines.has_grad(host))
     return found + list(model_parts(target, trained))
 
 

@@ -18,9 +18,11 @@ from torch import Tensor
 from lowrank_ds.checkpoint import format, places
 from lowrank_ds.checkpoint.agree import CheckpointError, place, together
 from lowrank_ds.checkpoint.format import MANIFEST, Blob, Entry, Key, Manifest, Piece
+from lowrank_ds.checkpoint.options import trained_names
 from lowrank_ds.checkpoint.places import Part, Target
 from lowrank_ds.checkpoint.runs import Run, Taken
 from lowrank_ds.engines import deepspeed_checkpoint
+from lowrank_ds.optimizer import LowRankOptimizer
 from lowrank_ds.version import __version__
 
 _Claim = tuple[Key, tuple[int, ...], str, Run]  # what a rank tells the others about a piece
@@ -50,14 +52,16 @@ def save_checkpoint(
         local: {name: tensor} of this rank alone (states of random generators).
 
     Raises:
-        CheckpointError: on every rank, if any of them could not write, or the layout is not supported.
-        RuntimeError: a DeepSpeed engine between the micro-batches of a step.
+        CheckpointError: on every rank, if any of them could not write, the layout is not supported, or a DeepSpeed
+            engine is between the micro-batches of a step.
     """
     final, what = Path(path), f"saving to {path}"
-    target = places.target_of(model, optimizer)
+    targets: list[Target] = []
     mine: dict[int, Part] = {}
 
     def survey() -> tuple[list[_Claim], str]:
+        targets.append(places.target_of(model, optimizer))
+        target = targets[0]
         mine.update(enumerate(part for part in _all_parts(target, local) if part.run.size and not part.idle))
         claims = [(part.key, part.shape, format.name_of(part.dtype), part.run) for part in mine.values()]
         return claims, _json(extra)
@@ -66,7 +70,7 @@ def save_checkpoint(
     entries, own = together(what, lambda: _deal([claims for claims, _ in told], [text for _, text in told]))[place()[0]]
     folder = together(what, lambda: _begin(final))[0]
     try:
-        _write(what, final, folder, target, [(mine[i], run, name) for i, run, name in own], entries, extra)
+        _write(what, final, folder, targets[0], [(mine[i], run, name) for i, run, name in own], entries, extra)
     except BaseException:
         if place()[0] == 0:
             shutil.rmtree(folder, ignore_errors=True)
@@ -183,15 +187,17 @@ def _manifest(target: Target, world: int, extra: Any) -> Manifest:
         raise CheckpointError(
             f"the state of the engine's lr_scheduler is not JSON-able ({error}); use one of DeepSpeed's or torch's"
         ) from error
-    groups = [] if optimizer is None else [_group(group) for group in optimizer.param_groups]
+    groups = [] if optimizer is None else [_group(optimizer, group) for group in optimizer.param_groups]
     algorithm = None if optimizer is None else type(optimizer).__name__
-    projected = [] if optimizer is None else sorted(optimizer._projected)
+    trained = {name for group in groups for name in group["param_names"]}
+    projected = [] if optimizer is None else sorted(optimizer._projected & trained)
     return Manifest(__version__, algorithm, world, groups, projected, extra, engine)
 
 
-def _group(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A param group's options and names."""
+def _group(optimizer: LowRankOptimizer, group: Mapping[str, Any]) -> dict[str, Any]:
+    """A param group's options, and the names of its parameters that are not frozen."""
     plain = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
+    plain["param_names"] = trained_names(optimizer, group)
     try:
         json.dumps(plain)
     except TypeError as error:

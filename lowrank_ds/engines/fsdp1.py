@@ -228,6 +228,6 @@ def _refuse_ours(groups: Iterable[Mapping[str, Any]]) -> None:
         raise RuntimeError(
             "FSDP1's optim_state_dict, optim_state_dict_to_load and the like (torch.distributed.checkpoint's "
             "get/set_optimizer_state_dict call them) expect state of the parameter's shape, which low-rank state is "
-            "not. Save optimizer.state_dict() on every rank to a file of its own, which load_state_dict resumes bit "
-            "for bit at the same world size, or use FSDP2 (fully_shard)."
+            "not. Use lowrank_ds.save_checkpoint and load_checkpoint, for any engine and world size; or save "
+            "optimizer.state_dict() on every rank to a file of its own, or use FSDP2 (fully_shard)."
         )
