@@ -1,7 +1,8 @@
 """The ways to train: a DeepSpeed engine built from a ds_config, or plain torch under DDP, FSDP2, HSDP or FSDP1.
 
 All offer `optimizer`, `watch`, `train_step(batches)`, `logits(ids)`, `weights(keep)` and `save(directory, state)`.
-`module` has the parameters and Hugging Face's methods; `parameters` is how many weights the whole model has.
+`module` has the parameters and Hugging Face's methods; `parameters` is how many weights the whole model has; `wrapped`
+is what the engine made of the model, and `schedule` the learning rates, ours or those of a ds_config's section.
 """
 
 import os
@@ -28,6 +29,8 @@ class Trainer(ABC):
     """What all engines share."""
 
     module: nn.Module
+    wrapped: nn.Module
+    schedule: torch.optim.lr_scheduler.LRScheduler
     optimizer: torch.optim.Optimizer
 
     def __init__(self, model: nn.Module, processes: Processes):
@@ -74,6 +77,7 @@ class DeepSpeedTrainer(Trainer):
             model=model, model_parameters=groups, config=config, lr_scheduler=schedule
         )
         self.module, self.optimizer = self.engine.module, self.engine.basic_optimizer
+        self.wrapped, self.schedule = self.engine, self.engine.lr_scheduler
 
     def train_step(self, batches: list[torch.Tensor]) -> torch.Tensor:
         self.engine.train()
@@ -119,6 +123,7 @@ class TorchTrainer(Trainer):
         super().__init__(model, processes)
         self.clip, ends = clip, end_names(model)
         self.module, self.model = self.wrap(model)
+        self.wrapped = self.model
         self.optimizer = optimizer_of(self.module, ends)
         self.in_backward = lowrank_ds.layerwise(self.model, self.optimizer, **layerwise) if layerwise else None
         self.two_passes = bool(layerwise) and layerwise.get("clip") == "two_pass"

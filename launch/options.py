@@ -64,6 +64,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--log-every", type=int, default=10)
     add("--eval-every", type=int, default=0, help="0: only at the end")
     add("--eval-tokens", type=int, help="use only this many held-out tokens (default: all; 10M with --dataset)")
+    add = parser.add_argument_group("checkpoints to go on from").add_argument
+    add("--save-every", type=int, default=0, metavar="N", help="write OUTPUT/checkpoints/step-... every N steps, "
+        "at the last one, and on SIGTERM or SIGUSR1 (then exit with code 75); 0: never")  # fmt: skip
+    add("--keep-last", type=int, default=2, metavar="K", help="checkpoints kept (default 2)")
+    add("--resume", default="none", metavar="auto|PATH|none", help="auto: go on from the newest complete checkpoint in "
+        "OUTPUT/checkpoints, or from the start if there is none; PATH: from this one")  # fmt: skip
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     return parser
 
@@ -131,8 +137,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.timeout is not None and not 0 < args.timeout < float("inf"):
         parser.error("--timeout must be a number of seconds > 0")
-    if (Path(args.output) / "metrics.jsonl").exists():
-        parser.error(f"--output {args.output} already holds a run; choose another directory or delete it")
+    if args.save_every < 0 or args.keep_last < 1:
+        parser.error("--save-every must be at least 0 (never) and --keep-last at least 1")
+    if args.resume == "none" and any((Path(args.output) / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+        parser.error(
+            f"--output {args.output} already holds a run; choose another directory or delete it (or go on with it: "
+            "--resume auto)"
+        )
     if args.warmup_steps is None:
         args.warmup_steps = max(1, args.steps // 10)
     return args

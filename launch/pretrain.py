@@ -8,33 +8,40 @@
 
     torchrun --nproc-per-node 2 launch/pretrain.py --engine fsdp2 --optimizer FiraAdamW --lr 0.01 --rank 128 ...
 
-OUTPUT receives metrics.jsonl, summary.json, checkpoint/ (of the engine's kind) and model/ (a HF directory).
+OUTPUT receives metrics.jsonl, summary.json, checkpoint/ (of the engine's kind) and model/ (a HF directory); with
+--save-every N also checkpoints/, from which --resume auto goes on exactly (docs/resume.md).
 """
 
 import importlib.metadata
 import json
 import platform
 import resource
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lowrank_ds
-from launch.data import LocalBatches, cut_blocks, find_files, token_cache
+from launch.data import LocalBatches, cut_blocks, find_files, fingerprint_blocks, token_cache
 from launch.engines import DdpTrainer, DeepSpeedTrainer, Fsdp1Trainer, Fsdp2Trainer, TorchTrainer, hybrid_mesh
 from launch.evaluation import perplexity
+from launch.identity import describe_run
 from launch.model import build_model, save_model
 from launch.optimizers import torch_optimizer, warmup_cosine
 from launch.options import BatchPlan, load_ds_config, optimizer_overrides, parse
 from launch.processes import Processes, find_processes, limit_waits, timeout_of
 from launch.progress import Progress
+from launch.resume import check_run, restore
+from launch.saving import PREEMPTED, PREEMPTED_FILE, Position, Preemption, Saver
 from launch.streaming import StreamBatches, held_out_blocks, open_stream
 from launch.tokenizer import load_tokenizer
 from lowrank_ds import failures
+from lowrank_ds.checkpoint.rotation import replace_text
 
 
 def plan_batches(args, config: dict | None, world: int) -> BatchPlan:
@@ -57,7 +64,13 @@ def load_data(args, tokenizer, plan: BatchPlan, rank: int) -> tuple[LocalBatches
     """Training batches and held-out blocks."""
     if args.dataset:
         train, valid = (open_stream(args.dataset, args.dataset_name, s) for s in (args.train_split, args.valid_split))
-        batches = StreamBatches(train, tokenizer, args.text_key, args.seq_len, plan, rank)
+        name = {
+            "dataset": args.dataset,
+            "name": args.dataset_name,
+            "split": args.train_split,
+            "text_key": args.text_key,
+        }
+        batches = StreamBatches(train, tokenizer, args.text_key, args.seq_len, plan, rank, name)
         return batches, held_out_blocks(valid, tokenizer, args.text_key, args.seq_len, args.eval_tokens)
 
     def blocks(patterns: list[str], flag: str, limit: int | None) -> np.ndarray:
@@ -92,8 +105,8 @@ def build_torch(args, tokenizer, factor, plan: BatchPlan, processes: Processes) 
     """Model, engine and optimizer without DeepSpeed."""
     on_gpu = processes.device.type == "cuda"
     if processes.world > 1 or args.engine != "ddp":
-        torch.distributed.init_process_group("nccl" if on_gpu else "gloo", **timeout_of(args.timeout))
-    bf16 = (args.dtype or ("bf16" if on_gpu else "fp32")) == "bf16"
+        dist.init_process_group("nccl" if on_gpu else "gloo", **timeout_of(args.timeout))
+    bf16 = args.dtype == "bf16"
     model = _model(args, tokenizer, torch.bfloat16 if bf16 and args.engine == "ddp" else torch.float32)
 
     def optimizer_of(wrapped: torch.nn.Module, ends: set[str]) -> torch.optim.Optimizer:
@@ -129,26 +142,43 @@ def engine_name(args, config: dict | None, world: int) -> str:
     return "plain" if args.engine == "ddp" and world == 1 else args.engine
 
 
-def train(args, trainer, batches, evaluate, progress: Progress, processes: Processes) -> float:
-    """The training loop; returns the final held-out perplexity."""
-    loss, since = torch.zeros((), device=processes.device), 0
-    for step in range(args.steps):
+def train(args, trainer, batches, evaluate, progress: Progress, processes: Processes, saver: Saver, at: Position):
+    """The training loop, from where `at` is; in the end it is at the last step."""
+    preemption, first = Preemption(processes) if saver.every else None, at.step
+    while at.step < args.steps:
         lr = trainer.lr()
-        loss, since = loss + trainer.train_step(batches.at(step)), since + 1
-        done = step + 1
-        if done == 1:  # some groups are made in the first step
+        at.loss, at.since = at.loss + trainer.train_step(batches.at(at.step)), at.since + 1
+        at.step += 1
+        if at.step == first + 1:  # some groups are made in the first step
             limit_waits(args.timeout)
-        if done % args.log_every == 0 or done == args.steps:
+        if at.step % args.log_every == 0 or at.step == args.steps:
             trainer.watch.settle()
-            mean = processes.mean(loss / since)
-            progress.training(done, mean, lr)
+            mean = processes.mean(at.loss / at.since)
+            progress.training(at.step, mean, lr)
             if not np.isfinite(mean):
-                raise SystemExit(f"the loss is {mean} by step {done}: lower --lr, or warm up longer (--warmup-steps)")
-            loss, since = torch.zeros_like(loss), 0
-        if done == args.steps or (args.eval_every and done % args.eval_every == 0):
+                raise SystemExit(
+                    f"the loss is {mean} by step {at.step}: lower --lr, or warm up longer (--warmup-steps)"
+                )
+            at.loss, at.since = torch.zeros_like(at.loss), 0
+        if at.step == args.steps or (args.eval_every and at.step % args.eval_every == 0):
             trainer.watch.settle()
-            value = progress.evaluation(done, evaluate)
-    return value
+            at.perplexity = progress.evaluation(at.step, evaluate)
+        signalled = preemption.asked() if preemption else 0
+        saved = saver.save(at) if signalled or saver.due(at.step) else False
+        if signalled and at.step < args.steps:
+            stop_early(args, signalled, at.step, saver, saved, processes)
+
+
+def stop_early(args, signal_number: int, step: int, saver: Saver, saved: bool, processes: Processes) -> None:
+    """End the job as a scheduler asked, with an exit code that says whether it can go on from here."""
+    if not saved:
+        raise SystemExit(f"{saver.failure}. The job ends, as signal {signal_number} asked")
+    if processes.is_main:
+        replace_text(Path(args.output) / PREEMPTED_FILE, f"{step}\n")  # launchers such as torchrun hide exit codes
+        print(f"signal {signal_number}: saved after step {step}; go on with --resume auto", flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    raise SystemExit(PREEMPTED)
 
 
 def summarise(args, config: dict | None, trainer, plan: BatchPlan, processes: Processes) -> dict:
@@ -192,49 +222,83 @@ def _version(package: str) -> str | None:
         return None  # run from a checkout, or a package this run did not need
 
 
+def announce(args, config: dict | None, run: dict, trainer, plan: BatchPlan, processes: Processes) -> None:
+    """Write arguments.json and say what is trained."""
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / PREEMPTED_FILE).unlink(missing_ok=True)
+    facts = {**vars(args), "ds_config": config, "run": run}
+    replace_text(output / "arguments.json", json.dumps(facts, indent=2) + "\n")
+    print(
+        f"{type(trainer.optimizer).__name__}, {trainer.parameters:,} parameters, "
+        f"{processes.world} x {processes.device.type}, {plan.total} x {args.seq_len} tokens a step",
+        flush=True,
+    )
+    if hasattr(trainer.optimizer, "summary"):  # ours says what it projects and what not
+        print(trainer.optimizer.summary(), flush=True)
+
+
+def finish(args, config: dict | None, trainer, plan: BatchPlan, tokenizer, processes: Processes, found: dict) -> None:
+    """Write what a finished run leaves; summary.json comes last, and says that it is finished. found: its results."""
+    output = Path(args.output)
+    if processes.is_main:
+        shutil.rmtree(output / "checkpoint", ignore_errors=True)  # half of one, if the job was killed right here
+    processes.barrier()
+    trainer.save(output / "checkpoint", {"step": args.steps, "samples": args.steps * plan.total, "seed": args.seed})
+    weights = trainer.weights()
+    if processes.is_main:
+        save_model(trainer.module, weights, tokenizer, output / "model")
+    summary = summarise(args, config, trainer, plan, processes) | found
+    if processes.is_main:
+        replace_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
+        print(f"saved {output}/checkpoint, {output}/model and {output}/summary.json", flush=True)
+
+
 def main() -> None:
     """Command line."""
     args = parse()
     processes = find_processes()
     output = Path(args.output)
+    args.dtype = args.dtype or (
+        None if args.deepspeed_config else "bf16" if processes.device.type == "cuda" else "fp32"
+    )
     config = load_ds_config(args) if args.deepspeed_config else None
     plan = plan_batches(args, config, processes.world)
     tokenizer = load_tokenizer(args.tokenizer)
     batches, held_out = load_data(args, tokenizer, plan, processes.rank)
+    run = describe_run(args, config, plan, tokenizer, batches.fingerprint(), fingerprint_blocks(held_out))
+    check_run(args, run)
+    if args.resume == "auto" and (output / "summary.json").exists():
+        if processes.is_main:
+            print(f"{output}: this run is finished; nothing to do")
+        return
     factor = warmup_cosine(args.steps, args.warmup_steps, args.min_lr_ratio)
     if config:
         trainer = build_deepspeed(args, config, tokenizer, factor, processes)
     else:
         trainer = build_torch(args, tokenizer, factor, plan, processes)
-    if processes.is_main:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "arguments.json").write_text(json.dumps({**vars(args), "ds_config": config}, indent=2) + "\n")
-        print(
-            f"{type(trainer.optimizer).__name__}, {trainer.parameters:,} parameters, "
-            f"{processes.world} x {processes.device.type}, {plan.total} x {args.seq_len} tokens a step",
-            flush=True,
-        )
-        if hasattr(trainer.optimizer, "summary"):  # ours says what it projects and what not
-            print(trainer.optimizer.summary(), flush=True)
 
     def evaluate() -> float:
         return perplexity(trainer.logits, held_out, processes.rank, processes.world, processes.device)
 
     progress = Progress(output, args.steps, plan.total * args.seq_len, processes.is_main)
     limit_waits(args.timeout)
+    at = restore(args, trainer, batches, progress, processes)
+    if processes.is_main:
+        announce(args, config, run, trainer, plan, processes)
+    saver = Saver(args, run, trainer, batches, progress, processes)
     with failures.watch("training"):
-        final = train(args, trainer, batches, evaluate, progress, processes)
-    trainer.save(output / "checkpoint", {"step": args.steps, "samples": args.steps * plan.total, "seed": args.seed})
-    weights = trainer.weights()
-    if processes.is_main:
-        save_model(trainer.module, weights, tokenizer, output / "model")
-    summary = summarise(args, config, trainer, plan, processes)
-    if processes.is_main:
-        summary |= {"perplexity": final, "held_out_tokens": held_out.size, "tokens_per_s": progress.tokens_per_second()}
-        (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        print(f"saved {output}/checkpoint, {output}/model and {output}/summary.json", flush=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        train(args, trainer, batches, evaluate, progress, processes, saver, at)
+    found = {
+        "perplexity": at.perplexity,
+        "held_out_tokens": held_out.size,
+        "tokens_per_s": progress.tokens_per_second(),
+    }
+    finish(args, config, trainer, plan, tokenizer, processes, found)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if saver.failure:
+        raise SystemExit(f"{saver.failure}. The run is finished, but its last checkpoint is missing")
 
 
 if __name__ == "__main__":

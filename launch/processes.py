@@ -37,6 +37,18 @@ class Processes:
             dist.all_gather_object(numbers, value)
         return numbers
 
+    def same(self, value: object) -> object:
+        """The main process's value, on every process."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.world > 1:
+            dist.barrier()
+
 
 def find_processes() -> Processes:
     """Read the launcher's environment; a process started by hand becomes a world of one."""

@@ -3,12 +3,13 @@
 Unlike local data, the order here depends on the number of processes: each reads its own shards.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from launch.data import tokenise
+from launch.data import DOCUMENTS_PER_CALL, tokenise
 from launch.options import BatchPlan
 
 DEFAULT_EVAL_TOKENS = 10_000_000  # what the GaLore, Fira and APOLLO papers evaluate on
@@ -50,30 +51,74 @@ def pack(documents: Iterator[list[int]], length: int) -> Iterator[np.ndarray]:
 
 
 class StreamBatches:
-    """Training batches of one process from its part of the stream; starts over when the stream ends."""
+    """Training batches of one process from its part of the stream; starts over when the stream ends.
 
-    def __init__(self, stream, tokenizer, text_key: str, length: int, plan: BatchPlan, rank: int):
+    The place in the stream is known after every group of documents; a resumed run starts there and drops the blocks
+    it had already `taken` (a group is tokenised in one call, so there is no place inside one).
+    """
+
+    def __init__(self, stream, tokenizer, text_key: str, length: int, plan: BatchPlan, rank: int, name: dict):
+        """name: what the stream is called, for `fingerprint`."""
         from datasets.distributed import split_dataset_by_node
 
-        self.plan = plan
+        self.tokenizer, self.text_key, self.length, self.plan = tokenizer, text_key, length, plan
         self.part = split_dataset_by_node(stream, rank=rank, world_size=plan.world)
-        self.blocks = self._forever(tokenizer, text_key, length)
+        self.name = name
+        self.place: dict = {"stream": {}, "buffer": []}  # {}: its beginning; buffer: tokens that filled no block yet
+        self.taken = 0
+        self.blocks = self._forever()
 
-    def _forever(self, tokenizer, text_key: str, length: int) -> Iterator[np.ndarray]:
+    def _forever(self) -> Iterator[np.ndarray]:
+        resumed = bool(self.place["stream"])
         while True:
-            some = False
-            for block in pack(tokenise(texts(self.part, text_key), tokenizer), length):
-                some = True
-                yield block
+            some, buffer, documents = resumed, list(self.place["buffer"]), texts(self.part, self.text_key)
+            while group := list(itertools.islice(documents, DOCUMENTS_PER_CALL)):
+                for ids in tokenise(iter(group), self.tokenizer):
+                    buffer += ids
+                whole = len(buffer) // self.length * self.length
+                some = some or whole > 0
+                yield from np.asarray(buffer[:whole], dtype=np.int64).reshape(-1, self.length)
+                buffer = buffer[whole:]
+                self.place, self.taken = {"stream": self.part.state_dict(), "buffer": list(buffer)}, 0
             if not some:
-                raise SystemExit(f"--dataset: this process's part does not fill one sequence of --seq-len {length}")
+                raise SystemExit(
+                    f"--dataset: this process's part does not fill one sequence of --seq-len {self.length}"
+                )
+            self.part.load_state_dict({})  # or the next epoch, too, would begin where this run was resumed
+            self.place, self.taken, resumed = {"stream": {}, "buffer": []}, 0, False
 
     def at(self, step: int) -> list[torch.Tensor]:
         """Next micro-batches [micro, length]; a stream can only be read in order, so `step` is not used."""
         return [self._next() for _ in range(self.plan.accumulation)]
 
     def _next(self) -> torch.Tensor:
-        return torch.from_numpy(np.stack([next(self.blocks) for _ in range(self.plan.micro)]))
+        blocks = []
+        for _ in range(self.plan.micro):
+            blocks.append(next(self.blocks))
+            self.taken += 1
+        return torch.from_numpy(np.stack(blocks))
+
+    def fingerprint(self) -> dict:
+        """What tells two streams apart: their names, for their text is not read in advance."""
+        return self.name
+
+    def state(self) -> dict:
+        """This process's place in its part of the stream, as JSON takes it."""
+        return {**self.place, "taken": self.taken}
+
+    def restore(self, state: dict | None) -> None:
+        """Go on from `state`; None: the checkpoint is of another number of processes."""
+        if state is None:
+            raise SystemExit(
+                "--resume: with --dataset each process reads its own part of the stream, so a run goes on only with "
+                "the number of processes that saved it; start as many (--train-data goes on with any number)"
+            )
+        self.place = {"stream": state["stream"], "buffer": state["buffer"]}
+        self.part.load_state_dict(state["stream"])
+        self.blocks = self._forever()
+        for _ in range(state["taken"]):
+            next(self.blocks)
+        self.taken = state["taken"]
 
 
 def held_out_blocks(stream, tokenizer, text_key: str, length: int, tokens: int | None) -> np.ndarray:
