@@ -132,12 +132,15 @@ def engine_name(args, config: dict | None, world: int) -> str:
 def train(args, trainer, batches, evaluate, progress: Progress, processes: Processes) -> float:
     """The training loop; returns the final held-out perplexity."""
     loss, since = torch.zeros((), device=processes.device), 0
+    monitor = watch_subspaces(args, trainer.optimizer)
     for step in range(args.steps):
         lr = trainer.lr()
         loss, since = loss + trainer.train_step(batches.at(step)), since + 1
         done = step + 1
         if done == 1:  # some groups are made in the first step
             limit_waits(args.timeout)
+        if monitor is not None and (done % args.diagnostics_every == 0 or done == args.steps):
+            monitor.jsonl(Path(args.output) / "diagnostics.jsonl", done)
         if done % args.log_every == 0 or done == args.steps:
             trainer.watch.settle()
             mean = processes.mean(loss / since)
@@ -149,6 +152,16 @@ def train(args, trainer, batches, evaluate, progress: Progress, processes: Proce
             trainer.watch.settle()
             value = progress.evaluation(done, evaluate)
     return value
+
+
+def watch_subspaces(args, optimizer: torch.optim.Optimizer) -> lowrank_ds.Diagnostics | None:
+    """What --diagnostics-every asks for."""
+    if not args.diagnostics_every:
+        return None
+    try:
+        return lowrank_ds.Diagnostics(optimizer)
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"--diagnostics-every {args.diagnostics_every}: {error}") from None
 
 
 def summarise(args, config: dict | None, trainer, plan: BatchPlan, processes: Processes) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ class Job:
     state: the matrix's state tensors. step: 1, 2, ...; moment_step: the same since moments were last reset.
     lr, weight_decay: of this step. refresh: whether a new basis is due; refresh_count: bases drawn before this step;
     owner: the rank that computes an exact SVD; replica: the one it does so in (`Layout.mirror`); fresh: the basis from
-    another replica. key: (run seed, parameter name), the source of all randomness.
+    another replica. key: (run seed, parameter name), the source of all randomness. observe: where diagnostics leave what
+    they see.
     """
 
     layout: Layout
@@ -46,6 +48,7 @@ class Job:
     replica: int = 0
     fresh: dict[str, Tensor] | None = None
     micro_batches: int = 0
+    observe: Any = None  # an observe.Sink
 
     @property
     def name(self) -> str:

@@ -52,8 +52,8 @@ class Drop:
     def combine(
         self, coords: Tensor, direction: Tensor, squares: Tensor | None, state: dict, lines: Lines, live
     ) -> Steps:
-        """(factor, direction) of the update."""
-        return None, self.scale * direction
+        """(factor, direction, limit) of the update: no factor, no limiter."""
+        return None, self.scale * direction, None
         yield
 
 
@@ -82,7 +82,10 @@ class ScaleResidual:
     def combine(
         self, coords: Tensor, direction: Tensor, squares: Tensor | None, state: dict, lines: Lines, live
     ) -> Steps:
-        """(factor, direction) of the update. B is orthonormal, so |g - c B r|^2 = |g|^2 - (2c - c^2) |r|^2."""
+        """(factor, direction, limit) of the update; limit: what the limiter multiplied by (0-d).
+
+        B is orthonormal, so |g - c B r|^2 = |g|^2 - (2c - c^2) |r|^2.
+        """
         c = self.alpha if self.form == "code" else 1.0
         phi = yield from _ratio(coords, direction, lines, self.scaling == "column")
         residual = squares - (2 * c - c * c) * coords.square().sum(1)
@@ -90,9 +93,10 @@ class ScaleResidual:
         totals = yield from lines.sum_over_lines(pair * phi.square().unsqueeze(1))
         # A gradient inside the subspace leaves a residual of rounding noise: not a norm to remember.
         total = torch.where(totals[0] > 1e-6 * totals[1], totals[0], 0.0)
-        phi = phi * limit_growth(total.sqrt(), state["residual_norm"], self.growth, live)
+        limit = limit_growth(total.sqrt(), state["residual_norm"], self.growth, live)
+        phi = phi * limit
         outer = 1.0 if self.form == "code" else self.alpha
-        return outer * phi, self.alpha * direction - outer * c * phi.unsqueeze(1) * coords
+        return outer * phi, self.alpha * direction - outer * c * phi.unsqueeze(1) * coords, limit
 
 
 @dataclass(frozen=True)
@@ -123,13 +127,15 @@ class ScaleGradient:
     def combine(
         self, coords: Tensor, direction: Tensor, squares: Tensor | None, state: dict, lines: Lines, live
     ) -> Steps:
-        """(factor, None): nothing is added inside the subspace."""
+        """(factor, None, limit): nothing is added inside the subspace; limit (0-d): the limiter's, None without it."""
+        limit = None
         s = yield from _ratio(coords, direction, lines, self.per_channel)
         if self.growth is not None:
             total = yield from lines.sum_over_lines(s.square() * squares)
             norm = total.sqrt() * (math.sqrt(self.scale) if self.scale_front else 1.0)
-            s = s * limit_growth(norm, state["residual_norm"], self.growth, live)
-        return math.sqrt(self.scale) * s, None
+            limit = limit_growth(norm, state["residual_norm"], self.growth, live)
+            s = s * limit
+        return math.sqrt(self.scale) * s, None, limit
 
 
 def _ratio(coords: Tensor, direction: Tensor, lines: Lines, per_line: bool) -> Steps:

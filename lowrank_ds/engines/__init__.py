@@ -39,6 +39,7 @@ __all__ = [
     "frees",
     "full_shape",
     "has_grad",
+    "holders",
     "is_dtensor",
     "local",
     "local_grad",
@@ -166,6 +167,19 @@ def sharers(host: Tensor) -> Sharers:
     from lowrank_ds.engines import dtensor
 
     return Sharers(dtensor.sharing_group(host))
+
+
+def holders(host: Tensor, original: Tensor | None) -> Sharers:
+    """Who shares the entries of a parameter, also where this rank holds nothing of it.
+
+    Args:
+        host: a tensor of its param group now. original: the parameter the optimizer was built with, if it is alive.
+    """
+    if is_dtensor(host) or zero3.is_host(host):
+        return sharers(host)
+    if host is original:
+        return Sharers(fsdp1.sharing_group(host) if fsdp1.is_flattened(host) else None)
+    return Sharers(None if original is None else deepspeed.sharing_group(original))
 
 
 def frees(host: Tensor, original: bool) -> bool:
