@@ -63,7 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", required=True, help="new directory for metrics, summary, checkpoint and model")
     add("--log-every", type=int, default=10)
     add("--diagnostics-every", type=int, default=0, metavar="N", help="write captured energy, overlap of subspaces, "
-        "limiter hits and update sizes of each matrix to OUTPUT/diagnostics.jsonl every N steps (default 0: never)")  # fmt: skip
+        "limiter hits and update sizes of each matrix to OUTPUT/diagnostics.jsonl every N steps (default 0: "
+        "never)")  # fmt: skip
     add("--eval-every", type=int, default=0, help="0: only at the end")
     add("--eval-tokens", type=int, help="use only this many held-out tokens (default: all; 10M with --dataset)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher

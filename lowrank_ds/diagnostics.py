@@ -41,7 +41,6 @@ class _Matrix(NamedTuple):
     size: int
     holders: engines.Sharers
     recipe: Recipe
-    device: torch.device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +110,7 @@ class Diagnostics:
             parts.setdefault(matrix.holders, []).append(matrix)
         if not watched:
             return _report({})
-        device = next((sink.sums.device for sink in self._sinks.values()), watched[0].device)
+        device = next((sink.sums.device for sink in self._sinks.values()), torch.device("cpu"))
         tasks = []
         for holders, matrices in parts.items():
             own = torch.stack([self._sums(matrix.name, device) for matrix in matrices])
@@ -138,15 +137,13 @@ class Diagnostics:
         optimizer = self.optimizer
         for group in optimizer.param_groups:
             hosts, names, recipe = group["params"], group["param_names"], optimizer.recipe(group)
-            cut = len(names) != len(hosts)  # an engine keeps them in tensors of its own
+            own = len(names) == len(hosts)  # else an engine keeps them in tensors of its own (and none between steps)
             for index, name in enumerate(names):
-                if name in optimizer._projected and hosts:
-                    host = hosts[0] if cut else hosts[index]
-                    holders = engines.holders(host, optimizer._originals[name]())
+                if name in optimizer._projected:
+                    holders = engines.holders(hosts[index] if own else None, optimizer._originals[name]())
                     count, m, n = params.matrices(optimizer._shapes[name], group["matricize"])
                     for i in range(count):
-                        own = name if count == 1 else f"{name}[{i}]"
-                        yield _Matrix(own, m * n, holders, recipe, engines.local(host).device)
+                        yield _Matrix(name if count == 1 else f"{name}[{i}]", m * n, holders, recipe)
 
     def jsonl(self, path: str | Path, step: int, report: Report | None = None) -> Report:
         """Collect, and let the first rank append {"step", "summary", "matrices"} as a line of JSON to a file.

@@ -27,8 +27,8 @@ class Job:
     state: the matrix's state tensors. step: 1, 2, ...; moment_step: the same since moments were last reset.
     lr, weight_decay: of this step. refresh: whether a new basis is due; refresh_count: bases drawn before this step;
     owner: the rank that computes an exact SVD; replica: the one it does so in (`Layout.mirror`); fresh: the basis from
-    another replica. key: (run seed, parameter name), the source of all randomness. observe: where diagnostics leave what
-    they see.
+    another replica. key: (run seed, parameter name), the source of all randomness. observe: where diagnostics
+    leave what they see.
     """
 
     layout: Layout

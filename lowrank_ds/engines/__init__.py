@@ -169,17 +169,20 @@ def sharers(host: Tensor) -> Sharers:
     return Sharers(dtensor.sharing_group(host))
 
 
-def holders(host: Tensor, original: Tensor | None) -> Sharers:
+def holders(host: Tensor | None, original: Tensor | None) -> Sharers:
     """Who shares the entries of a parameter, also where this rank holds nothing of it.
 
     Args:
-        host: a tensor of its param group now. original: the parameter the optimizer was built with, if it is alive.
+        host: the tensor it is in, None where an engine keeps it with others. original: the parameter that the optimizer
+            was built with, if it is alive.
     """
-    if is_dtensor(host) or zero3.is_host(host):
+    if host is not None and (is_dtensor(host) or zero3.is_host(host)):
         return sharers(host)
-    if host is original:
-        return Sharers(fsdp1.sharing_group(host) if fsdp1.is_flattened(host) else None)
-    return Sharers(None if original is None else deepspeed.sharing_group(original))
+    if original is None:
+        return Sharers(None)
+    if host is original and fsdp1.is_flattened(host):
+        return Sharers(fsdp1.sharing_group(host))
+    return Sharers(deepspeed.sharing_group(original))
 
 
 def frees(host: Tensor, original: bool) -> bool:
