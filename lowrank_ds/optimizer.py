@@ -392,8 +392,8 @@ class LowRankOptimizer(BoundGroups):
 _NO_RATE = "the learning rate is {}; check the scheduler."
 
 _IDLE = (
-    "compress_accumulation (accumulation_compression_rank) has no effect: nothing was summed in the subspace before the "
-    "first step(). Call accumulate() after the backward of each micro-batch, or layerwise(model, optimizer, "
+    "compress_accumulation (accumulation_compression_rank) has no effect: nothing was summed in the subspace before "
+    "the first step(). Call accumulate() after the backward of each micro-batch, or layerwise(model, optimizer, "
     "accumulation_steps); with one micro-batch a step leave the option out."
 )
 

@@ -313,7 +313,7 @@ def test_saving_amid_a_step_says_what_is_lost(caplog: pytest.LogCaptureFixture) 
 
 
 def test_idle_options_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    """compress_accumulation without accumulate(); fewer gradients than accumulation_steps. Neither when used rightly."""
+    """compress_accumulation without accumulate(); fewer gradients than accumulation_steps; not when used rightly."""
 
     def trained(on: bool, called: bool, pieces: int) -> str:
         caplog.clear()

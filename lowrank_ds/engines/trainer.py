@@ -71,8 +71,8 @@ class LayerwiseOption:
             # Trainer reads it at every step, and would scale the gradients that wait for their update
             self.norm, self.args.max_grad_norm = self.args.max_grad_norm, 0.0
             logger.warning(
-                "for_trainer: layerwise clips to max_grad_norm=%s itself; TrainingArguments.max_grad_norm is 0 from now "
-                "on, also for whoever uses these arguments next.",
+                "for_trainer: layerwise clips to max_grad_norm=%s itself; TrainingArguments.max_grad_norm is 0 now, "
+                "also for whoever uses these arguments next.",
                 self.norm,
             )
         if self.clip == "previous":
