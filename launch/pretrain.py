@@ -145,12 +145,15 @@ def engine_name(args, config: dict | None, world: int) -> str:
 def train(args, trainer, batches, evaluate, progress: Progress, processes: Processes, saver: Saver, at: Position):
     """The training loop, from where `at` is; in the end it is at the last step."""
     preemption, first = Preemption(processes) if saver.every else None, at.step
+    monitor = watch_subspaces(args, trainer.optimizer)
     while at.step < args.steps:
         lr = trainer.lr()
         at.loss, at.since = at.loss + trainer.train_step(batches.at(at.step)), at.since + 1
         at.step += 1
         if at.step == first + 1:  # some groups are made in the first step
             limit_waits(args.timeout)
+        if monitor is not None and (at.step % args.diagnostics_every == 0 or at.step == args.steps):
+            monitor.jsonl(Path(args.output) / "diagnostics.jsonl", at.step)
         if at.step % args.log_every == 0 or at.step == args.steps:
             trainer.watch.settle()
             mean = processes.mean(at.loss / at.since)
@@ -179,6 +182,16 @@ def stop_early(args, signal_number: int, step: int, saver: Saver, saved: bool, p
     if dist.is_initialized():
         dist.destroy_process_group()
     raise SystemExit(PREEMPTED)
+
+
+def watch_subspaces(args, optimizer: torch.optim.Optimizer) -> lowrank_ds.Diagnostics | None:
+    """What --diagnostics-every asks for."""
+    if not args.diagnostics_every:
+        return None
+    try:
+        return lowrank_ds.Diagnostics(optimizer)
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"--diagnostics-every {args.diagnostics_every}: {error}") from None
 
 
 def summarise(args, config: dict | None, trainer, plan: BatchPlan, processes: Processes) -> dict:

@@ -22,6 +22,7 @@ from lowrank_ds.algorithms import (
 )
 from lowrank_ds.backward import layerwise
 from lowrank_ds.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from lowrank_ds.diagnostics import Diagnostics
 from lowrank_ds.engines.checkpointing import activation_checkpointing
 from lowrank_ds.engines.huggingface import for_trainer
 from lowrank_ds.failures import RankError
@@ -39,6 +40,7 @@ __all__ = [
     "ApolloAdamW",
     "ApolloMini",
     "CheckpointError",
+    "Diagnostics",
     "FiraAdamW",
     "Flora",
     "GaLoreAdafactor",
@@ -78,11 +80,15 @@ def _register() -> None:
 
 
 def __getattr__(name: str) -> _Any:
-    """`FloraAccelerator` is imported when it is used: it needs accelerate."""
+    """`FloraAccelerator` and `DiagnosticsCallback` are imported when used: accelerate, transformers."""
     if name == "FloraAccelerator":
         from lowrank_ds.engines.flora import FloraAccelerator
 
         return FloraAccelerator
+    if name == "DiagnosticsCallback":
+        from lowrank_ds.engines.observed import DiagnosticsCallback
+
+        return DiagnosticsCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -139,6 +139,11 @@ def several() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
+def is_first() -> bool:
+    """Whether this process is the only one, or the first of several."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def _leaves(request: Any, path: tuple[int, ...] = ()) -> Iterable[tuple[tuple[int, ...], Any]]:
     """The single requests in nested tuples of them, with their places."""
     if not isinstance(request, tuple):

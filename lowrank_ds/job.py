@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Job:
     lr, weight_decay: of this step. refresh: whether a new basis is due; refresh_count: bases drawn before this step;
     owner: the rank that computes an exact SVD; replica: the one it does so in (`Layout.mirror`); fresh: the basis from
     another replica. key: (run seed, parameter name), the source of all randomness. live: 1.0, or 0.0 (0-d) when the
-    gradient turned out not to be usable.
+    gradient turned out not to be usable. observe: where diagnostics leave what they see.
     """
 
     layout: Layout
@@ -50,6 +51,7 @@ class Job:
     live: Tensor | None = None
     fresh: dict[str, Tensor] | None = None
     micro_batches: int = 0
+    observe: Any = None  # an observe.Sink
 
     @property
     def name(self) -> str:

@@ -11,7 +11,7 @@ or s changed. Rows of g' are rows of g times C, so B may be sharded in any way.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +79,7 @@ class LoRAFA(LowRankOptimizer):
         super()._forget(projected)
         self._adapters: dict[str, Adapter] = {}  # by the name of lora_B's weight
         self._corrected: dict[str, tuple] = {}  # what the state's C was made of
+        self._checked: dict[str, tuple] = {}  # what A was looked at of a lora_B that other ranks hold
 
     def _select(self, groups: list[dict[str, Any]], by_group: bool, required: bool = True) -> None:
         """Find the adapters of the groups' lora_B, and freeze their lora_A."""
@@ -115,11 +116,26 @@ class LoRAFA(LowRankOptimizer):
         # ranks where A is partitioned too)
         here = [names[index]] if len(names) == len(group["params"]) else list(dict.fromkeys(s.name for s in slots))
         here = [name for name in here if name in self._projected]
+        if len(names) != len(group["params"]):
+            self._check_others(set(names) & self._projected - set(here))
         if slots is not before:
             for name in here:
                 self._corrected.pop(name, None)
         self._correct(group, index, slots, here)
         return slots
+
+    def _check_others(self, names: Iterable[str]) -> None:
+        """Look at whole A of lora_B that other ranks hold alone (ZeRO-1/2): all ranks raise, or none."""
+        for name in sorted(names):
+            original, adapter = self._originals[name](), self._adapters.get(name)
+            if adapter is None or original is None or not original.requires_grad:
+                continue
+            known = (id(adapter.a), engines.version(adapter.a))
+            if self._checked.get(name) != known:
+                layout, entries = engines.part(adapter.a_name, adapter.a)
+                if layout.world == 1:
+                    self._check(adapter, entries)
+                self._checked[name] = known
 
     @torch.no_grad()
     def _correct(self, group: dict[str, Any], index: int, slots: Sequence[Slot], names: Sequence[str]) -> None:
@@ -138,6 +154,8 @@ class LoRAFA(LowRankOptimizer):
         if not tasks:
             return
         rows = dict(zip(tasks, run_all(tasks.values(), device, _BUCKET), strict=True))
+        for name, whole in rows.items():  # by every rank, also one that holds nothing of this lora_B
+            self._check(self._adapters[name], whole)
         for slot in slots:
             if slot.name in rows:
                 adapter = self._adapters[slot.name]
@@ -160,13 +178,17 @@ class LoRAFA(LowRankOptimizer):
             )
         return adapter
 
-    def _inverse(self, adapter: Adapter, a: Tensor) -> Tensor:
-        """C (r, r) of A (r, in)."""
+    @staticmethod
+    def _check(adapter: Adapter, a: Tensor) -> None:
+        """Raise ValueError for an A (any shape) with which nothing can be trained."""
         if not bool(a.isfinite().all()) or not bool(a.any()):
             raise ValueError(
                 f"LoRAFA: {adapter.a_name} is {'all zeros' if not bool(a.any()) else 'not finite'}; with it frozen "
                 "nothing can be trained. Initialise it (LoraConfig(init_lora_weights=True)) or load an adapter first."
             )
+
+    def _inverse(self, adapter: Adapter, a: Tensor) -> Tensor:
+        """C (r, r) of A (r, in)."""
         inverse, independence = linalg.gram_inverse(a)
         if independence < _DEPENDENT:
             self._warn_once(

@@ -20,6 +20,7 @@ from lowrank_ds.slots import Slot, deal, due, offset
 
 if TYPE_CHECKING:
     from lowrank_ds.backward import InBackward
+    from lowrank_ds.diagnostics import Diagnostics
 
 Place = tuple[dict[str, Any], int]  # a param group and the index of a tensor in it
 
@@ -55,6 +56,7 @@ class LowRankOptimizer(BoundGroups):
         self._loads: dict[Any, dict[int, float]] = {}  # exact SVDs given to each rank in this step
         self._in_backward: InBackward | None = None
         self._errors: list[Exception] = []  # of this rank, raised when the others need nothing more of it
+        self._observer: Diagnostics | None = None
         self._broken: BaseException | None = None  # what ended a step in its middle
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,6 +117,8 @@ class LowRankOptimizer(BoundGroups):
         if self._broken is not None:
             raise failures.broken(type(self).__name__, self._broken)
         places = list(places)
+        if self._in_backward is None:
+            self._errors.clear()  # of a step that raised something else
         self._copies.clear()  # of an update that raised: written back now they would undo what came since
         self._fold(place for place in places if self._sketches(*place))
         work = [item for group, index in places for item in self._work(group, index)]
@@ -191,6 +195,7 @@ class LowRankOptimizer(BoundGroups):
         engines.check_averaged(model, (p for group in self.param_groups for p in group["params"]))
         self._warned.add("accumulate")
         self._fold(self._places())
+        self._raise_errors()
 
     def _compresses(self) -> bool:
         """Whether some param group is to sum micro-batches in a subspace."""
@@ -314,6 +319,8 @@ class LowRankOptimizer(BoundGroups):
             recipe = recipes[id(group)]
             unusable, non_zero, skipped = surveys.get(i, (0.0, 1.0, 0.0))
             usable = not unusable and bool(non_zero)
+            if not usable and recipe.momentum is None and due(slot, recipe) and (sink := self._sink(slot)):
+                sink.note(refused=1.0)
             if unusable or skipped:
                 self._report_skipped(slot)
             if slot.step == 0 and not usable:
@@ -351,6 +358,7 @@ class LowRankOptimizer(BoundGroups):
             slot.layout, recipe, grad, weight, slot.state, (group["seed"], slot.name), step, slot.moment_step + 1,
             self._rate(group, step), float(group["weight_decay"]), refresh, count, slot.layout.rank,
             group["stochastic_rounding"], micro_batches=slot.micro_batches,
+            observe=self._sink(slot) if advance else None,
         )  # fmt: skip
         if advance:
             slot.step, slot.moment_step, slot.micro_batches = step, slot.moment_step + 1, 0
@@ -360,6 +368,10 @@ class LowRankOptimizer(BoundGroups):
         """The learning rate of step 1, 2, ...; 0 where there is none, so that decay leaves the weights alone."""
         rate = self.learning_rate(group, step)
         return rate if math.isfinite(rate) else 0.0
+
+    def _sink(self, slot: Slot) -> Any:
+        """Where diagnostics want to see the matrix, None where they do not."""
+        return None if self._observer is None else self._observer.sink(slot)
 
     def _facts(self, slot: Slot, group: dict[str, Any]) -> list[float]:
         """What must be the same on all ranks that share a matrix, in the order of `agreement.FACTS`."""

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lowrank_ds import accumulate, linalg, lowbit
+from lowrank_ds import accumulate, linalg, lowbit, observe
 from lowrank_ds.axis import ENTRIES, SCALAR, Stored
 from lowrank_ds.job import Job, pieces, weight_square_sum, where_live, write, write_entries, write_piece
 from lowrank_ds.layout import Block, Layout
@@ -101,16 +101,25 @@ def projected_gradient(job: Job) -> Steps:
     elif job.refresh and recipe.subspace.on_refresh == "reset":
         _reset(job)
     basis, live = yield from _basis(job, side)
+    summed = job.micro_batches
     coords, squares = yield from _coordinates(job, side, basis)
     coords = where_live(live, coords)
     if job.refresh and len(side.bases) == 2:
         coords = yield from _without_noise(coords, side.lines)
     squares = None if squares is None else where_live(live, squares)
+    if job.observe is not None and not summed:
+        observe.whole_gradient(job, side, coords, squares, live)
     direction, correction, scale = yield from _direction(job, coords, side.lines, live)
     inside = yield from _inside(job, side, basis, coords)
-    factor, direction = yield from recipe.residual.combine(coords, direction, squares, state, side.lines, live, inside)
+    factor, direction, limit = yield from recipe.residual.combine(
+        coords, direction, squares, state, side.lines, live, inside
+    )
     factor, direction = (None if x is None else where_live(live, x) for x in (factor, direction))
+    kept = coords, squares, factor, direction
     factor, direction = yield from side.spread(factor, direction)
+    if job.observe is not None:
+        observe.applied(job, side, kept, (factor, direction), basis, job.lr * correction, live)
+        job.observe.note(limited=0.0 if limit is None else (limit < 1) * live)
     write(job, side, basis, job.grad, factor, direction, job.lr * correction, scale, live)
 
 
@@ -137,12 +146,15 @@ def _refresh(job: Job, side) -> Steps:
     """Replace the stored basis by one of the current gradient; carry, keep or reset the moments."""
     how, state, warm = job.recipe.subspace, job.state, None
     rotate = how.on_refresh == "rotate" and job.refresh_count
+    compared = job.observe is not None and job.refresh_count
     if how.method == "power" and job.refresh_count:
         warm = side.warm(state, (yield side.whole_requests(state)))
-    old = {k: v.clone() for k, v in (yield from _gathered(side, state)).items()} if rotate else {}
+    old = {k: v.clone() for k, v in (yield from _gathered(side, state)).items()} if rotate or compared else {}
     bases = job.fresh if job.fresh is not None else (yield from new_basis(job, warm))
     for which, basis in bases.items():
         lowbit.put_basis(state, side.bases[which], basis)
+    if compared:
+        yield from observe.compare(job, side, old, (yield from _gathered(side, state)))
     if how.on_refresh == "reset":
         _reset(job)
     elif rotate:
@@ -210,6 +222,8 @@ def _live(job: Job, peaks: Tensor) -> Tensor:
         largest = torch.maximum(largest, job.state["accumulated_peak"])
     job.live = live = linalg.is_usable(largest).float()
     job.state["skipped"].add_(1 - live)
+    if job.observe is not None:
+        job.observe.note(skipped=1 - live, steps=1.0)
     return live
 
 
@@ -257,6 +271,8 @@ def compressed_momentum(job: Job) -> Steps:
     state["exp_avg"].lerp_(coords, live * (1 - beta1))
     numel = job.layout.shape[0] * job.layout.shape[1]
     size = live * scale / ((square / numel).sqrt() / job.recipe.rule.clip_threshold).clamp_min(1.0)
+    if job.observe is not None:
+        job.observe.note(update=square * (job.lr * size).square())
     factor = ((1 - beta1) * size).expand(side.lines_axis.count)
     factor, direction = yield from side.spread(factor, beta1 * size * old)
     write(job, side, basis, update, factor, direction, job.lr, scale, live)
@@ -291,6 +307,9 @@ def corrected_gradient(job: Job) -> Steps:
     live = _live(job, peaks)
     coords, _ = yield from side.down(job.grad, side.gathered(stored, tuple(answers)), False)
     direction = where_live(live, rule.update(where_live(live, coords), job.state, live))
+    if job.observe is not None:
+        size = job.lr * rule.correction(job.step)
+        job.observe.add(update=direction[side.lines_axis.owned].square().sum() * size**2)
     _, direction = yield from side.spread(None, direction)
     entries = job.layout.unpad(direction[:, job.layout.cols_axis.window])
     write_entries(job, entries, job.lr * rule.correction(job.step), None)

@@ -59,8 +59,8 @@ class Drop:
         live: Tensor,
         inside: Tensor | None = None,
     ) -> Steps:
-        """(factor, direction) of the update."""
-        return None, self.scale * direction
+        """(factor, direction, limit) of the update: no factor, no limiter."""
+        return None, self.scale * direction, None
         yield
 
 
@@ -96,9 +96,10 @@ class ScaleResidual:
         live: Tensor,
         inside: Tensor | None = None,
     ) -> Steps:
-        """(factor, direction) of the update. |g - c B r|^2 = |g|^2 - 2c |r|^2 + c^2 |B r|^2, as r = B^T g.
+        """(factor, direction, limit) of the update; limit: what the limiter multiplied by (0-d).
 
-        inside: |B r|^2 of each line (lines,); None when B is orthonormal, then it is |r|^2.
+        |g - c B r|^2 = |g|^2 - 2c |r|^2 + c^2 |B r|^2, as r = B^T g. inside: |B r|^2 of each line (lines,); None when B
+        is orthonormal, then it is |r|^2.
         """
         c = self.alpha if self.form == "code" else 1.0
         phi = yield from _ratio(coords, direction, lines, self.scaling == "column")
@@ -108,9 +109,10 @@ class ScaleResidual:
         totals = yield from lines.sum_over_lines(pair * phi.square().unsqueeze(1))
         # A gradient inside the subspace leaves a residual of rounding noise: not a norm to remember.
         total = torch.where(totals[0] > 1e-6 * totals[1], totals[0], 0.0)
-        phi = phi * limit_growth(total.sqrt(), state["residual_norm"], self.growth, live)
+        limit = limit_growth(total.sqrt(), state["residual_norm"], self.growth, live)
+        phi = phi * limit
         outer = 1.0 if self.form == "code" else self.alpha
-        return outer * phi, self.alpha * direction - outer * c * phi.unsqueeze(1) * coords
+        return outer * phi, self.alpha * direction - outer * c * phi.unsqueeze(1) * coords, limit
 
 
 @dataclass(frozen=True)
@@ -149,13 +151,15 @@ class ScaleGradient:
         live: Tensor,
         inside: Tensor | None = None,
     ) -> Steps:
-        """(factor, None): nothing is added inside the subspace."""
+        """(factor, None, limit): nothing is added inside the subspace; limit (0-d): the limiter's, None without it."""
+        limit = None
         s = yield from _ratio(coords, direction, lines, self.per_channel)
         if self.growth is not None:
             total = yield from lines.sum_over_lines(s.square() * squares)
             norm = total.sqrt() * (math.sqrt(self.scale) if self.scale_front else 1.0)
-            s = s * limit_growth(norm, state["residual_norm"], self.growth, live)
-        return math.sqrt(self.scale) * s, None
+            limit = limit_growth(norm, state["residual_norm"], self.growth, live)
+            s = s * limit
+        return math.sqrt(self.scale) * s, None, limit
 
 
 def _ratio(coords: Tensor, direction: Tensor, lines: Lines, per_line: bool) -> Steps:

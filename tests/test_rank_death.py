@@ -116,9 +116,9 @@ def disagreeing(rank: int, world: int) -> dict[str, str]:
             _, optimizer, step = trainer(kind, world, update_proj_gap=2)
             for number, batch in enumerate(batches(3)):
                 if number == 1:
-                    slots = [slot for slots in optimizer._slots.values() for slot in slots]
+                    slots = [slot for slots in optimizer._slots.values() for slot in slots if slot.projected]
                     for group in optimizer.param_groups:
-                        spoil(group, slots[-2])
+                        spoil(group, slots[-1])
                 try:
                     step(share(batch, rank, world))
                 except lowrank_ds.RankError as error:

@@ -39,6 +39,7 @@ __all__ = [
     "frees",
     "full_shape",
     "has_grad",
+    "holders",
     "is_dtensor",
     "is_partitioned",
     "local",
@@ -167,6 +168,22 @@ def sharers(host: Tensor) -> Sharers:
     from lowrank_ds.engines import dtensor
 
     return Sharers(dtensor.sharing_group(host))
+
+
+def holders(host: Tensor | None, original: Tensor | None) -> Sharers:
+    """Who shares the entries of a parameter, also where this rank holds nothing of it.
+
+    Args:
+        host: the tensor it is in, None where an engine keeps it with others. original: the parameter that the optimizer
+            was built with, if it is alive.
+    """
+    if host is not None and (is_dtensor(host) or zero3.is_host(host)):
+        return sharers(host)
+    if original is None:
+        return Sharers(None)
+    if host is original and fsdp1.is_flattened(host):
+        return Sharers(fsdp1.sharing_group(host))
+    return Sharers(deepspeed.sharing_group(original))
 
 
 def frees(host: Tensor, original: bool) -> bool:

@@ -103,6 +103,11 @@ def locate(host: Tensor, members: Sequence[tuple[str, Tensor | None]]) -> list[P
     )
 
 
+def sharing_group(param: Tensor) -> Any:
+    """The group of the ranks whose ZeRO partitions together hold the parameter `param`, each entry once."""
+    return getattr(param, "_dp_group", None) or getattr(param, "ds_process_group", None)
+
+
 def _numel(param: Tensor) -> int:
     return getattr(param, "ds_numel", param.numel())
 

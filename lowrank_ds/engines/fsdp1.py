@@ -155,6 +155,12 @@ def locate(host: Tensor, name: str) -> list[Placement]:
     return [Placement(name, shape, cuts, rank, group, 0, none_is_zero=True)]
 
 
+def sharing_group(host: Tensor) -> Any:
+    """The group of the ranks that hold the entries of the parameter of `host`, each once; None: all are here."""
+    handle, _ = _recorded(host)
+    return handle.process_group if handle.uses_sharded_strategy else None
+
+
 def cuts_of(flat: Any, place: int, world: int) -> tuple[int, ...]:
     """world + 1 offsets that divide the entries of a unit's parameter number `place` among the ranks."""
     starts = list(itertools.accumulate(flat._numels_with_padding, initial=0))

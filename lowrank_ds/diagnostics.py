@@ -1,0 +1,217 @@
+"""How well low-rank training goes, matrix by matrix: captured energy, overlap of subspaces, limiter, update sizes.
+
+    monitor = lowrank_ds.Diagnostics(optimizer)
+    ...                                          # train
+    report = monitor.collect()                   # on all ranks; since the last time
+    monitor.jsonl("diagnostics.jsonl", step)     # the same, written by the first rank
+
+Sums are made on the device during the step (`observe.py`) and added over the ranks when they are collected: one
+collective for each group of ranks that shares matrices (one in all, but on meshes of several kinds) and one read by the
+host, however many matrices and steps. What the numbers mean: docs/diagnostics.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowrank_ds import engines, params
+from lowrank_ds.collectives import Task, is_first, run_all
+from lowrank_ds.observe import NUMBERS, Sink
+from lowrank_ds.optimizer import LowRankOptimizer
+from lowrank_ds.recipe import Recipe
+from lowrank_ds.requests import Sum, ask
+from lowrank_ds.slots import Slot
+
+_MEANS = ("captured_energy", "overlap", "update_rms")
+_TOTALS = ("limiter_hits", "skipped_updates", "skipped_refreshes")
+
+
+class _Matrix(NamedTuple):
+    """A projected matrix, wherever its entries are. size: m * n. holders: who shares them."""
+
+    name: str
+    size: int
+    holders: engines.Sharers
+    recipe: Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The diagnostics of one interval.
+
+    matrices: {name: numbers}, None where there is none in this interval or for this algorithm:
+        captured_energy: sum |R|^2 / sum |G|^2, how much of the gradient the subspace holds, in [0, 1].
+        overlap: mean |B_old^T B_new|_F^2 / r over the interval's refreshes, in [0, 1].
+        update_rms: root mean square of the change of an entry in a step, learning rate in, weight decay left out.
+        limiter_hits: steps in which Fira's or APOLLO's limiter cut. steps: that there were.
+        skipped_updates, skipped_refreshes: because a gradient was not finite (a refresh: or all zero).
+    summary: {"captured_energy_mean", "captured_energy_min", "overlap_mean", "overlap_min", "update_rms_mean",
+        "update_rms_min", "limiter_hits", "skipped_updates", "skipped_refreshes", "steps"}: means and minima over the
+        matrices that have the number, sums of counts, the largest number of steps; keys without a number left out.
+    """
+
+    matrices: dict[str, dict[str, Any]]
+    summary: dict[str, float]
+
+
+class Diagnostics:
+    """Watches one optimizer of this package, from now until `remove()`.
+
+    Args:
+        optimizer: ours, or what an engine wrapped around it (DeepSpeed's engine or optimizer, accelerate's).
+
+    Raises:
+        TypeError: there is none of this package's optimizers in it.
+        ValueError: it projects nothing.
+        RuntimeError: it is watched already.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = _ours(optimizer)
+        if not self.optimizer._projected:
+            raise ValueError(
+                f"Diagnostics: {type(self.optimizer).__name__} projects no matrix (rank=None, or a LOMO): there is no "
+                "subspace to say anything about."
+            )
+        if self.optimizer._observer is not None:
+            raise RuntimeError("Diagnostics: this optimizer is watched already; use that object, or remove() it.")
+        self._sinks: dict[str, Sink] = {}
+        self.optimizer._observer = self
+
+    def remove(self) -> None:
+        """Stop watching; what was not collected is gone."""
+        self.optimizer._observer = None
+        self._sinks.clear()
+
+    # -- in the step --------------------------------------------------------------------------------------------------
+    def sink(self, slot: Slot) -> Sink | None:
+        """Where the step of a matrix leaves its numbers; None for a parameter that is not projected."""
+        if not slot.projected:
+            return None
+        if slot.name not in self._sinks:
+            self._sinks[slot.name] = Sink(slot.layout, engines.local(slot.host).device)
+        return self._sinks[slot.name]
+
+    # -- between steps ------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def collect(self) -> Report:
+        """The numbers since the last time, the same on all ranks; all must call it. Starts a new interval."""
+        watched = list(self._watched())
+        parts: dict[Any, list[_Matrix]] = {}
+        for matrix in watched:
+            parts.setdefault(matrix.holders, []).append(matrix)
+        if not watched:
+            return _report({})
+        device = next((sink.sums.device for sink in self._sinks.values()), torch.device("cpu"))
+        tasks = []
+        for holders, matrices in parts.items():
+            own = torch.stack([self._sums(matrix.name, device) for matrix in matrices])
+            tasks.append(Task(holders, ask(Sum(own)), own.numel(), "diagnostics"))
+        rows = torch.cat(run_all(tasks, device, 1)).tolist()
+        for sink in self._sinks.values():
+            sink.sums.zero_()
+        ordered = [matrix for matrices in parts.values() for matrix in matrices]
+        known = {m.name: dict(zip(NUMBERS, row, strict=True)) for m, row in zip(ordered, rows, strict=True)}
+        seen = [m for m in watched if known[m.name]["steps"] or known[m.name]["refused"]]
+        return _report({m.name: _numbers(known[m.name], m) for m in seen})
+
+    def _sums(self, name: str, device: torch.device) -> Tensor:
+        """What this rank has of a matrix (len(NUMBERS),): zeros if it holds nothing of it."""
+        if name in self._sinks:
+            return self._sinks[name].sums.to(device)
+        return torch.zeros(len(NUMBERS), dtype=torch.float64, device=device)
+
+    def _watched(self) -> Iterator[_Matrix]:
+        """The projected matrices, in the order of the param groups, also those held elsewhere: the same on all ranks.
+
+        (Under ZeRO-1/2 a rank knows nothing of what others hold, but the names.)
+        """
+        optimizer = self.optimizer
+        for group in optimizer.param_groups:
+            hosts, names, recipe = group["params"], group["param_names"], optimizer.recipe(group)
+            own = len(names) == len(hosts)  # else an engine keeps them in tensors of its own (and none between steps)
+            for index, name in enumerate(names):
+                if name in optimizer._projected:
+                    holders = engines.holders(hosts[index] if own else None, optimizer._originals[name]())
+                    count, m, n = params.matrices(optimizer._shapes[name], group["matricize"])
+                    for i in range(count):
+                        yield _Matrix(name if count == 1 else f"{name}[{i}]", m * n, holders, recipe)
+
+    def jsonl(self, path: str | Path, step: int, report: Report | None = None) -> Report:
+        """Collect, and let the first rank append {"step", "summary", "matrices"} as a line of JSON to a file.
+
+        Call it on all ranks. report: what to write instead of collecting.
+        """
+        report = self.collect() if report is None else report
+        if is_first():
+            line = {"step": step, "summary": report.summary, "matrices": report.matrices}
+            with Path(path).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        return report
+
+    def tensorboard(self, writer: Any, step: int, report: Report | None = None, matrices: bool = False) -> Report:
+        """Collect, and hand the summary to `writer.add_scalar` as "lowrank/<number>".
+
+        Call it on all ranks. writer: a SummaryWriter; None on ranks that write nothing. report: see `jsonl`.
+        matrices: write each matrix' numbers too, as "lowrank/<matrix>/<number>".
+        """
+        report = self.collect() if report is None else report
+        if writer is not None:
+            own = {
+                f"{name}/{key}": value for name, numbers in report.matrices.items() for key, value in numbers.items()
+            }
+            for key, value in (report.summary | (own if matrices else {})).items():
+                if value is not None:
+                    writer.add_scalar(f"lowrank/{key}", value, step)
+        return report
+
+
+def _ours(optimizer: Any) -> LowRankOptimizer:
+    """The optimizer of this package in what engines wrapped around it."""
+    inner, seen = optimizer, []
+    while not isinstance(inner, LowRankOptimizer):
+        seen.append(type(inner).__name__)
+        following = getattr(inner, "optimizer", None)
+        if following is None or following is inner or len(seen) > 8:
+            raise TypeError(
+                "Diagnostics takes an optimizer of lowrank_ds, or an engine's wrapper of one; got "
+                f"{' around '.join(seen)}."
+            )
+        inner = following
+    return inner
+
+
+def _numbers(sums: Mapping[str, float], matrix: _Matrix) -> dict[str, Any]:
+    """A matrix' entry in the report, from its sums over the ranks."""
+    updates, limited = sums["steps"] - sums["skipped"], getattr(matrix.recipe.residual, "growth", None)
+    return {
+        "captured_energy": sums["projected"] / sums["gradient"] if sums["gradient"] > 0 else None,
+        "overlap": sums["overlap"] / sums["compared"] if sums["compared"] else None,
+        "update_rms": math.sqrt(sums["update"] / (matrix.size * updates)) if updates > 0 else None,
+        "limiter_hits": None if limited is None or math.isinf(limited) else round(sums["limited"]),
+        "steps": round(sums["steps"]),
+        "skipped_updates": round(sums["skipped"]),
+        "skipped_refreshes": round(sums["refused"]),
+    }
+
+
+def _report(matrices: dict[str, dict[str, Any]]) -> Report:
+    summary: dict[str, float] = {}
+    for key in _MEANS:
+        found = [numbers[key] for numbers in matrices.values() if numbers[key] is not None]
+        if found:
+            summary |= {f"{key}_mean": sum(found) / len(found), f"{key}_min": min(found)}
+    for key in _TOTALS:
+        counts = [numbers[key] for numbers in matrices.values() if numbers[key] is not None]
+        if counts:
+            summary[key] = sum(counts)
+    summary["steps"] = max((numbers["steps"] for numbers in matrices.values()), default=0)
+    return Report(matrices, summary)
