@@ -19,6 +19,7 @@ from lowrank_ds.algorithms import (
     GaLoreAdamW,
     GaLoreAdamW8bit,
     Lomo,
+    QGaLore,
 )
 from lowrank_ds.backward import layerwise
 from lowrank_ds.engines.checkpointing import activation_checkpointing
@@ -41,6 +42,7 @@ __all__ = [
     "GaLoreAdamW8bit",
     "LoRAFA",
     "Lomo",
+    "QGaLore",
     "activation_checkpointing",
     "create_lorafa_optimizer",
     "divide_params",

@@ -254,13 +254,15 @@ class LowRankOptimizer(BoundGroups):
         jobs = []
         for i, (slot, group, grad, weight) in enumerate(work):
             recipe = recipes[id(group)]
-            unusable, non_zero, skipped = surveys.get(i, (0.0, 1.0, 0.0))
+            unusable, non_zero, skipped, stable = surveys.get(i, (0.0, 1.0, 0.0, 0.0))
             usable = not unusable and bool(non_zero)
             if unusable or skipped:
                 self._report_skipped(slot)
             if slot.step == 0 and not usable:
                 slot.drop_sums()
                 continue  # a parameter without any gradient so far must not start its clock, its basis or its decay
+            if i in surveys and slot.projected and recipe.subspace is not None:
+                slot.judge(recipe.subspace, stable)
             # Flora's change of basis moves what is stored and needs no gradient; the others are made from this one.
             refresh = due(slot, recipe) and (usable or recipe.momentum is not None)
             job = self._job(slot, group, recipe, grad, weight, refresh)
@@ -298,12 +300,13 @@ class LowRankOptimizer(BoundGroups):
             slot.step, slot.moment_step, slot.micro_batches = step, slot.moment_step + 1, 0
         return job
 
-    def _survey(self, work: list) -> list[tuple[float, float, float]]:
-        """(unusable, non-zero, skipped so far) of each gradient over all ranks: one all-reduce and one read for all."""
+    def _survey(self, work: list) -> list[tuple[float, float, float, float]]:
+        """(unusable, non-zero, skipped, stability) of each matrix over all ranks: one all-reduce and one read for all."""
         found: dict[int, list[float]] = {}
         for device in _devices(weight for *_, weight in work):
             here = [i for i, (*_, weight) in enumerate(work) if weight.device == device]
-            tasks = [Task(work[i][0].layout, pipeline.survey(work[i][2], work[i][0].state), 1) for i in here]
+            tasks = [Task(slot.layout, pipeline.survey(grad, slot.state, slot.layout.numel > 0), 1)
+                     for slot, _, grad, _ in (work[i] for i in here)]  # fmt: skip
             found |= dict(zip(here, torch.stack(run_all(tasks, device, _BUCKET)).tolist(), strict=True))
         return [found[i] for i in range(len(work))]
 

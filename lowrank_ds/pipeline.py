@@ -27,7 +27,7 @@ from lowrank_ds.projection import Left, Right, TwoSided, choose
 from lowrank_ds.recipe import Recipe
 from lowrank_ds.requests import Steps, Sum, ask, together
 from lowrank_ds.rules import SGD, Adafactor, Adam
-from lowrank_ds.subspace import Sharded, factorize
+from lowrank_ds.subspace import HISTORY, Sharded, factorize, stability
 
 
 def update(job: Job, projected: bool) -> Steps:
@@ -55,7 +55,8 @@ def state_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, S
     """{state name: shape and type} of the tensors kept for one matrix."""
     sums = accumulate.state_shapes(layout, recipe) if projected else {}
     shapes = lowbit.state_shapes(_rule_shapes(layout, recipe, projected), layout, recipe.storage)
-    return shapes | sums | {"skipped": SCALAR}
+    lazy = {"stability": Stored(rest=(HISTORY,))} if projected and recipe.subspace and recipe.subspace.lazy else {}
+    return shapes | sums | lazy | {"skipped": SCALAR}
 
 
 def _rule_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, Stored]:
@@ -137,17 +138,22 @@ def _refresh(job: Job, side) -> Steps:
     """Replace the stored basis by one of the current gradient; carry, keep or reset the moments."""
     how, state, warm = job.recipe.subspace, job.state, None
     rotate = how.on_refresh == "rotate" and job.refresh_count
+    compare = rotate or ("stability" in state and job.refresh_count)
     if how.method == "power" and job.refresh_count:
         warm = side.warm(state, (yield side.whole_requests(state)))
-    old = {k: v.clone() for k, v in (yield from _gathered(side, state)).items()} if rotate else {}
+    old = {k: v.clone() for k, v in (yield from _gathered(side, state)).items()} if compare else {}
     bases = job.fresh if job.fresh is not None else (yield from new_basis(job, warm))
     for which, basis in bases.items():
         lowbit.put_basis(state, side.bases[which], basis)
     if how.on_refresh == "reset":
         _reset(job)
-    elif rotate:
-        new = yield from _gathered(side, state)
-        state["exp_avg"].copy_(state["exp_avg"] @ (yield from side.overlap(old, new)))
+    if compare:
+        overlap = yield from side.overlap(old, (yield from _gathered(side, state)))
+        if rotate:
+            state["exp_avg"].copy_(state["exp_avg"] @ overlap)
+        if "stability" in state:
+            found = stability(overlap, side.basis_axis.total).view(1)
+            state["stability"].copy_(torch.cat([state["stability"][1:], found]))
 
 
 def new_basis(job: Job, warm: Tensor | None = None) -> Steps:
@@ -203,16 +209,20 @@ def _basis(job: Job, side) -> Steps:
     return basis, _live(job, peaks)
 
 
-def survey(grad: Tensor | None, state: dict[str, Tensor]) -> Steps:
-    """[ranks with unusable entries, ranks with non-zero ones, updates skipped so far] (3,), known to every rank.
+def survey(grad: Tensor | None, state: dict[str, Tensor], holds: bool) -> Steps:
+    """[ranks with unusable entries, ranks with non-zero ones, updates skipped so far, mean of the last refreshes'
+    `stability`] (4,), known to every rank.
 
-    grad: entries (numel,), None when all of it is in the sums of micro-batches.
+    grad: entries (numel,), None when all of it is in the sums of micro-batches. holds: whether this rank has entries (a
+    rank without some may not know how stable the basis is).
     """
     sums, skipped = state.get("accumulated_peak"), state["skipped"]
     mine = torch.zeros_like(skipped) if grad is None else linalg.peak(grad)
     mine = mine if sums is None else torch.maximum(mine, sums)
-    found = yield Sum(torch.stack([~linalg.is_usable(mine), mine != 0]).float())
-    return torch.cat([found, skipped.view(1)])
+    stable = state["stability"].mean() if "stability" in state and holds else torch.zeros_like(skipped)
+    known = torch.full_like(skipped, float(holds))
+    found = yield Sum(torch.stack([~linalg.is_usable(mine), mine != 0, stable, known]).float())
+    return torch.stack([found[0], found[1], skipped, found[2] / found[3].clamp_min(1)])
 
 
 def _live(job: Job, peaks: Tensor) -> Tensor:
