@@ -13,9 +13,9 @@ from lowrank_ds import pipeline, quantize
 from lowrank_ds.job import Job
 from lowrank_ds.layout import Flat, Layout
 from lowrank_ds.requests import finish_alone
-from tests.simulation import layouts, run_ranks
 from tests import training
 from tests.cluster import launch, tiny_llama
+from tests.simulation import layouts, run_ranks
 from tests.test_layout import entries_of, group_of, some_ranks
 
 EIGHT = {"moments": "8bit", "min_8bit_size": 0}
