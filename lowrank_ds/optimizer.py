@@ -301,7 +301,7 @@ class LowRankOptimizer(BoundGroups):
         return job
 
     def _survey(self, work: list) -> list[tuple[float, float, float, float]]:
-        """(unusable, non-zero, skipped, stability) of each matrix over all ranks: one all-reduce and one read for all."""
+        """(unusable, non-zero, skipped, stability) of each matrix over all ranks: one all-reduce, one read for all."""
         found: dict[int, list[float]] = {}
         for device in _devices(weight for *_, weight in work):
             here = [i for i, (*_, weight) in enumerate(work) if weight.device == device]

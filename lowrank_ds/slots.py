@@ -215,6 +215,12 @@ def _check_loaded(parameter: str, name: str, store: Mapping[str, Tensor], key: s
             "saved by another optimizer, or with other options; load it into the same one."
         )
     value = store[key]
+    if torch.uint8 in (value.dtype, expected.dtype) and value.dtype != expected.dtype:
+        raise ValueError(
+            f"{parameter}: the loaded {name!r} is {value.dtype}, expected {expected.dtype}: it was saved by an "
+            "optimizer with other moments=, projector_dtype= or min_8bit_size= (Flora: quantization=). Build this one "
+            "with the same."
+        )
     if tuple(value.shape) != tuple(expected.shape):
         raise ValueError(
             f"{parameter}: the loaded {name!r} has shape {tuple(value.shape)}, expected {tuple(expected.shape)}. It "

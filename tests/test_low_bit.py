@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 import lowrank_ds
@@ -16,6 +18,7 @@ from lowrank_ds.requests import finish_alone
 from tests import training
 from tests.cluster import launch, tiny_llama
 from tests.simulation import layouts, run_ranks
+from tests.test_checkpoint import restore, state_of
 from tests.test_layout import entries_of, group_of, some_ranks
 
 EIGHT = {"moments": "8bit", "min_8bit_size": 0}
@@ -397,3 +400,127 @@ def distance(a: dict, b: dict) -> float:
     start = training.weights_of(tiny_llama())
     off = sum((a[n] - b[n]).square().sum() for n in b)
     return math.sqrt(off / sum((b[n] - start[n]).square().sum() for n in b))
+
+
+# -- saving and loading -----------------------------------------------------------------------------------------------
+def resumed(name: str, at: int) -> tuple[dict, dict]:
+    """(weights of a run that never stopped, of one that went through a file at step `at`), in this process."""
+    recipe, more = RECIPES[name]
+    runs = []
+    for stop in (None, at):
+        model = tiny_llama()
+        optimizer = training.build(recipe, model, **more)
+        training.train_sharded(model, optimizer, "one", 0, 1, range(stop or STEPS))
+        if stop:
+            file = io.BytesIO()
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+            file.seek(0)
+            loaded = torch.load(file, weights_only=True)
+            model = tiny_llama(seed=3)
+            model.load_state_dict(loaded["model"])
+            optimizer = training.build(recipe, model, **more)
+            optimizer.load_state_dict(loaded["optimizer"])
+            training.train_sharded(model, optimizer, "one", 0, 1, range(stop, STEPS))
+        runs.append(training.weights_of(model))
+    return runs[0], runs[1]
+
+
+@pytest.mark.parametrize("name", ["plain", "lazy", "flora"])
+def test_resume_is_bitwise(name: str) -> None:
+    """state_dict() through a file with weights_only=True, in the middle of a run."""
+    unbroken, continued = resumed(name, 6)
+    assert all(torch.equal(unbroken[n], continued[n]) for n in unbroken)
+
+
+def through_dcp(rank: int, world: int, folder: str) -> tuple[dict, dict, set[str]]:
+    """(weights of an FSDP2 run that never stopped, of one through torch.distributed.checkpoint, its state's dtypes)."""
+    recipe, more = RECIPES["lazy"]
+    model = training.fully_sharded("fsdp2", world)
+    optimizer = training.build(recipe, model, lr=1e-3, **more)
+    training.train_sharded(model, optimizer, "fsdp2", rank, world, range(6))
+    dcp.save(state_of(model, optimizer, False), checkpoint_id=folder)
+    training.train_sharded(model, optimizer, "fsdp2", rank, world, range(6, STEPS))
+    unbroken = training.weights_of(model)
+    model = training.fully_sharded("fsdp2", world, tiny_llama(seed=3))
+    optimizer = training.build(recipe, model, lr=1e-3, **more)
+    restore(model, optimizer, folder, False)
+    dtypes = {str(t.dtype) for state in optimizer.state.values() for t in state.values()}
+    training.train_sharded(model, optimizer, "fsdp2", rank, world, range(6, STEPS))
+    return unbroken, training.weights_of(model), dtypes
+
+
+def reshard(rank: int, world: int, folder: str) -> dict:
+    """Weights of the run that `through_dcp` saved, continued on this many ranks."""
+    recipe, more = RECIPES["lazy"]
+    model = training.fully_sharded("fsdp2", world, tiny_llama(seed=3))
+    optimizer = training.build(recipe, model, lr=1e-3, **more)
+    restore(model, optimizer, folder, False)
+    training.train_sharded(model, optimizer, "fsdp2", rank, world, range(6, STEPS))
+    return training.weights_of(model)
+
+
+def test_fsdp2_checkpoints(tmp_path) -> None:
+    """Codes are DTensors: bitwise on as many ranks, and cut anew with their rows on another number of them."""
+    unbroken, continued, dtypes = launch(3, through_dcp, str(tmp_path))[0]
+    assert dtypes == {"torch.float32", "torch.uint8"}
+    assert all(torch.equal(unbroken[name], continued[name]) for name in unbroken)
+    assert distance(launch(2, reshard, str(tmp_path))[0], unbroken) < LIMIT
+
+
+LOADS = [  # options of the saved state, of the optimizer that loads it, the message
+    ({}, EIGHT, r"moments is 'fp32', but this optimizer was built with '8bit'.*build the optimizer with it"),
+    (EIGHT, {}, r"moments is '8bit', but this optimizer was built with 'fp32'"),
+    (EIGHT, FOUR, r"projector_dtype is 'fp32', but this optimizer was built with '4bit'"),
+    (EIGHT, {"moments": "8bit"}, r"min_8bit_size is 0, but this optimizer was built with 4096"),
+]
+
+
+@pytest.mark.parametrize(("saved", "mine", "message"), LOADS)
+def test_other_storage_is_refused(saved: dict, mine: dict, message: str) -> None:
+    """State kept in another way is not reinterpreted."""
+    model = tiny_llama()
+    optimizers = [lowrank_ds.GaLoreAdamW(model.named_parameters(), rank=8, **options) for options in (saved, mine)]
+    optimizers[0].init_state()
+    with pytest.raises(ValueError, match=message):
+        optimizers[1].load_state_dict(optimizers[0].state_dict())
+    groupless = optimizers[0].state_dict()
+    for group in groupless["param_groups"]:
+        for name in ("moments", "projector_dtype", "min_8bit_size"):
+            del group[name]  # as from a release that did not have them, or through a tool that drops options
+    optimizers[1].load_state_dict(groupless)
+    with pytest.raises(ValueError, match=r"moments=|projector_dtype="):
+        optimizers[1].init_state()
+
+
+def test_lazy_refresh_is_refused_without_a_basis_to_compare() -> None:
+    """Random bases and two-sided ones."""
+    for options in ({"proj_type": "full"}, {"subspace": "gaussian"}):
+        with pytest.raises(ValueError, match="lazy_refresh compares one orthonormal basis.*leave lazy_refresh out"):
+            lowrank_ds.GaLoreAdamW(tiny_llama().named_parameters(), rank=8, lazy_refresh=True, **options)
+    with pytest.raises(ValueError, match=r"lazy_threshold must be a number in \(0, 1\]"):
+        lowrank_ds.QGaLore(tiny_llama().named_parameters(), rank=8, lazy_threshold=1.5)
+
+
+# -- bytes ------------------------------------------------------------------------------------------------------------
+def bytes_and_size(shape: tuple[int, ...], **options) -> int:
+    """Bytes of state of one parameter, less the 0-d tensors."""
+    weight = torch.nn.Parameter(torch.zeros(shape))
+    optimizer = lowrank_ds.GaLoreAdamW([("w", weight)], **options)
+    optimizer.init_state()
+    scalars = sum(4 for t in optimizer.state[weight].values() if t.dim() == 0)
+    return lowrank_ds.state_bytes(optimizer) - scalars
+
+
+def test_state_bytes_are_as_computed() -> None:
+    """What is stored, byte by byte; small parameters, vectors and narrow lines stay fp32."""
+    m, n, r = 600, 300, 20
+    eight, four = {"moments": "8bit"}, {"moments": "8bit", "projector_dtype": "4bit"}
+    assert bytes_and_size((m, n), rank=r) == 4 * (2 * m * r + n * r)
+    assert bytes_and_size((m, n), rank=r, **eight) == 2 * m * (r + 4) + 4 * n * r
+    assert bytes_and_size((m, n), rank=r, **four) == 2 * m * (r + 4) + n * (r // 2 + 8)
+    assert bytes_and_size((m, n), rank=r, **{**four, "projector_dtype": "8bit"}) == 2 * m * (r + 4) + n * (r + 8)
+    assert bytes_and_size((m, n), rank=None, **eight) == 2 * m * (n + 2 * 4)
+    assert bytes_and_size((m * n,), rank=None, **eight) == 2 * 4 * m * n
+    assert bytes_and_size((63, 65), rank=None, **eight) == 2 * 4 * 63 * 65
+    assert bytes_and_size((64, 64), rank=None, **eight) == 2 * 64 * (64 + 4)
+    assert bytes_and_size((m, n), rank=7, **four) == 4 * (2 * m * 7 + n * 7)
