@@ -16,7 +16,7 @@ from lowrank_ds.job import Job
 from lowrank_ds.layout import Flat, Layout
 from lowrank_ds.requests import finish_alone
 from tests import training
-from tests.cluster import launch, tiny_llama
+from tests.cluster import batches, launch, tiny_llama
 from tests.simulation import layouts, run_ranks
 from tests.test_checkpoint import restore, state_of
 from tests.test_layout import entries_of, group_of, some_ranks
@@ -524,3 +524,33 @@ def test_state_bytes_are_as_computed() -> None:
     assert bytes_and_size((63, 65), rank=None, **eight) == 2 * 4 * 63 * 65
     assert bytes_and_size((64, 64), rank=None, **eight) == 2 * 64 * (64 + 4)
     assert bytes_and_size((m, n), rank=7, **four) == 4 * (2 * m * 7 + n * 7)
+
+
+# -- in the backward, in micro-batches --------------------------------------------------------------------------------
+def test_layerwise_is_the_same() -> None:
+    """Updates inside the backward: the weights of step(), bit by bit."""
+    expected, _ = alone("lazy")
+    recipe, more = RECIPES["lazy"]
+    model = tiny_llama()
+    optimizer = training.build(recipe, model, lr=1e-3, **more)
+    lowrank_ds.layerwise(model, optimizer)
+    training.train_sharded(model, optimizer, "one", 0, 1, range(STEPS))
+    assert distance(training.weights_of(model), expected) < LIMIT / 100
+
+
+def test_micro_batches_are_summed_in_the_rounded_subspace() -> None:
+    """compress_accumulation with a 4-bit projector: as whole gradients, which are projected once."""
+    found = []
+    for compressed in (False, True):
+        model = tiny_llama()
+        more = {**FOUR, "update_proj_gap": 3, "compress_accumulation": compressed}
+        optimizer = training.build("galore", model, lr=1e-3, **more)
+        for batch in batches(STEPS):
+            for mine in batch.chunk(2):
+                (model(input_ids=mine, labels=mine).loss / 2).backward()
+                if compressed:
+                    optimizer.accumulate()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(training.weights_of(model))
+    assert distance(found[1], found[0]) < LIMIT
