@@ -19,6 +19,7 @@ from lowrank_ds.algorithms import (
     GaLoreAdamW,
     GaLoreAdamW8bit,
     Lomo,
+    QGaLore,
 )
 from lowrank_ds.backward import layerwise
 from lowrank_ds.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -49,6 +50,7 @@ __all__ = [
     "Int8Weight",
     "LoRAFA",
     "Lomo",
+    "QGaLore",
     "RankError",
     "activation_checkpointing",
     "create_lorafa_optimizer",

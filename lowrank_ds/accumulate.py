@@ -13,10 +13,12 @@ Sums are completed over the ranks at each micro-batch, so that what a rank keeps
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from lowrank_ds import linalg
+from lowrank_ds import linalg, lowbit
 from lowrank_ds.axis import SCALAR, Stored
 from lowrank_ds.job import Job
 from lowrank_ds.layout import Layout
@@ -55,9 +57,18 @@ def basis_of(job: Job, side) -> Steps:
         largest = yield peaks
         basis = side.random(_key(job), job.weight.device)
     else:
-        *answers, largest = yield (*side.requests(job.state), peaks)
-        basis = side.gathered(job.state, tuple(answers))
+        stored = _bases(job, side)
+        *answers, largest = yield (*side.requests(stored), peaks)
+        basis = side.gathered(stored, tuple(answers))
     return basis, torch.maximum(largest.max(), job.state["accumulated_peak"])
+
+
+def _bases(job: Job, side) -> Mapping[str, Tensor]:
+    """The bases kept here, fp32."""
+    if job.recipe.storage.exact:
+        return job.state
+    shapes = {name: Stored(axis, (side.rank,)) for name, axis in side.basis_axes().items()}
+    return lowbit.Opened(job, lowbit.state_shapes(shapes, job.layout, job.recipe.storage))
 
 
 def _key(job: Job) -> tuple:

@@ -35,7 +35,9 @@ _ROUNDING = 1e-11  # of sums of equal fp64 numbers over some thousand ranks
 
 
 def survey(work: Sequence[tuple[Slot, dict, Tensor | None, Tensor]], facts: Sequence) -> list[tuple]:
-    """(unusable, non-zero, skipped so far) of each gradient over all ranks: one all-reduce and one read for all.
+    """(unusable, non-zero, skipped so far, stability) of each matrix over all ranks: one all-reduce, one read for all.
+
+    stability: the mean of what its last refreshes found (`subspace.stability`), 0 where none is kept.
 
     One all-reduce more where there are replicas: they exchange new bases, so all must make one, or none.
 
@@ -51,12 +53,12 @@ def survey(work: Sequence[tuple[Slot, dict, Tensor | None, Tensor]], facts: Sequ
         here = [i for i, (*_, weight) in enumerate(work) if weight.device == device]
         found |= dict(zip(here, _sums([work[i] for i in here], [facts[i] for i in here], device), strict=True))
     for i, (slot, *_) in enumerate(work):
-        check(slot.name, found[i][:-1], [*facts[i], found[i][-1]])
-    return [(found[i][0], found[i][1], found[i][-1]) for i in range(len(work))]
+        check(slot.name, found[i][:-2], [*facts[i], found[i][-1]])
+    return [(sums[0], sums[1], sums[-1], sums[-2] / max(sums[2], 1.0)) for sums in (found[i] for i in range(len(work)))]
 
 
 def _sums(work: Sequence, facts: Sequence, device: torch.device) -> list[list[float]]:
-    """The sums over all ranks of `contribution` for each matrix of one device; last in each: skipped updates here."""
+    """[*sums over all ranks of `contribution`, sum of stabilities, updates skipped here] of each matrix on a device."""
     told = torch.tensor(facts, dtype=torch.float64).to(device)
     tasks = [
         Task(slot.layout, _contribute(slot, grad, mine), 1, slot.name)
@@ -73,12 +75,17 @@ def _sums(work: Sequence, facts: Sequence, device: torch.device) -> list[list[fl
 
 
 def _contribute(slot: Slot, grad: Tensor | None, facts: Tensor) -> Steps:
-    """Ask for the sum of `contribution` over the ranks that share a matrix. grad (numel,): None when all is summed."""
+    """Ask for the sum of [*`contribution`, stability] over the ranks that share a matrix.
+
+    grad (numel,): None when all of it is in the sums of micro-batches.
+    """
     sums, skipped = slot.state.get("accumulated_peak"), slot.state["skipped"]
     mine = torch.zeros_like(skipped) if grad is None else linalg.peak(grad)
     mine = mine if sums is None else torch.maximum(mine, sums)
     seen = torch.stack([~linalg.is_usable(mine), mine != 0])
-    return (yield Sum(contribution(seen, facts, skipped, slot.layout.numel > 0)))
+    holds = slot.layout.numel > 0  # a rank without entries may not know how stable the basis is
+    stable = slot.state["stability"].double().mean() if "stability" in slot.state and holds else skipped.double() * 0
+    return (yield Sum(torch.cat([contribution(seen, facts, skipped, holds), stable.view(1)])))
 
 
 def contribution(seen: Tensor, facts: Tensor, skipped: Tensor, takes_part: bool) -> Tensor:

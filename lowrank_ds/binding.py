@@ -117,7 +117,8 @@ class BoundGroups(NamedGroups):
                     "only fits the former; build the optimizer with it."
                 )
         # how state is kept and computed here is this optimizer's own affair, not the saved one's
-        own = ("param_names", "projector_storage", "compile", "compress_accumulation", "accumulation_compression_rank")
+        own = ("param_names", "projector_storage", "compile", "compress_accumulation", "accumulation_compression_rank",
+               "lazy_refresh", "lazy_threshold")  # fmt: skip
         kept = {k: v for k, v in theirs.items() if k not in own}
         return {**{k: v for k, v in ours.items() if k != "params"}, **kept}
 

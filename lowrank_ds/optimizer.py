@@ -317,7 +317,7 @@ class LowRankOptimizer(BoundGroups):
         jobs = []
         for i, (slot, group, grad, weight) in enumerate(work):
             recipe = recipes[id(group)]
-            unusable, non_zero, skipped = surveys.get(i, (0.0, 1.0, 0.0))
+            unusable, non_zero, skipped, stable = surveys.get(i, (0.0, 1.0, 0.0, 0.0))
             usable = not unusable and bool(non_zero)
             if not usable and recipe.momentum is None and due(slot, recipe) and (sink := self._sink(slot)):
                 sink.note(refused=1.0)
@@ -326,6 +326,8 @@ class LowRankOptimizer(BoundGroups):
             if slot.step == 0 and not usable:
                 slot.drop_sums()
                 continue  # a parameter without any gradient so far must not start its clock, its basis or its decay
+            if i in surveys and slot.projected and recipe.subspace is not None:
+                slot.judge(recipe.subspace, stable)
             # Flora's change of basis moves what is stored and needs no gradient; the others are made from this one.
             refresh = due(slot, recipe) and (usable or recipe.momentum is not None)
             job = self._job(slot, group, recipe, grad, weight, refresh)

@@ -90,6 +90,8 @@ CHECKS: dict[str, Check] = {
     "moments": _choice("fp32", "8bit"),
     "projector_dtype": _choice("fp32", "8bit", "4bit"),
     "min_8bit_size": ((lambda v: _integer(v, 0)), "a whole number >= 0"),
+    "lazy_refresh": _BOOLEAN,
+    "lazy_threshold": ((lambda v: _number(v) and 0 < v <= 1), "a number in (0, 1]"),
     "clip_grad_norm": (
         (lambda v: v is None),
         "null: no update may start before the global norm is known. Use lowrank_ds.layerwise(model, optimizer, "
@@ -136,6 +138,8 @@ COMMON: dict[str, Any] = {
     "moments": "fp32",
     "projector_dtype": "fp32",
     "min_8bit_size": 4096,
+    "lazy_refresh": False,
+    "lazy_threshold": 0.4,
 }
 
 # Keys other libraries put into param groups; harmless here.

@@ -27,7 +27,7 @@ from lowrank_ds.projection import Left, Right, TwoSided, choose
 from lowrank_ds.recipe import Recipe
 from lowrank_ds.requests import Steps, Sum, ask, together
 from lowrank_ds.rules import SGD, Adafactor, Adam
-from lowrank_ds.subspace import Sharded, factorize
+from lowrank_ds.subspace import HISTORY, Sharded, factorize, stability
 
 
 def update(job: Job, projected: bool) -> Steps:
@@ -55,7 +55,8 @@ def state_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, S
     """{state name: shape and type} of the tensors kept for one matrix."""
     sums = accumulate.state_shapes(layout, recipe) if projected else {}
     shapes = lowbit.state_shapes(_rule_shapes(layout, recipe, projected), layout, recipe.storage)
-    return shapes | sums | {"skipped": SCALAR}
+    lazy = {"stability": Stored(rest=(HISTORY,))} if projected and recipe.subspace and recipe.subspace.lazy else {}
+    return shapes | sums | lazy | {"skipped": SCALAR}
 
 
 def _rule_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, Stored]:
@@ -146,20 +147,25 @@ def _refresh(job: Job, side) -> Steps:
     """Replace the stored basis by one of the current gradient; carry, keep or reset the moments."""
     how, state, warm = job.recipe.subspace, job.state, None
     rotate = how.on_refresh == "rotate" and job.refresh_count
-    compared = job.observe is not None and job.refresh_count
+    observed = job.observe is not None and job.refresh_count
+    compare = rotate or ("stability" in state and job.refresh_count)
     if how.method == "power" and job.refresh_count:
         warm = side.warm(state, (yield side.whole_requests(state)))
-    old = {k: v.clone() for k, v in (yield from _gathered(side, state)).items()} if rotate or compared else {}
+    old = {k: v.clone() for k, v in (yield from _gathered(side, state)).items()} if compare or observed else {}
     bases = job.fresh if job.fresh is not None else (yield from new_basis(job, warm))
     for which, basis in bases.items():
         lowbit.put_basis(state, side.bases[which], basis)
-    if compared:
+    if observed:
         yield from observe.compare(job, side, old, (yield from _gathered(side, state)))
     if how.on_refresh == "reset":
         _reset(job)
-    elif rotate:
-        new = yield from _gathered(side, state)
-        state["exp_avg"].copy_(state["exp_avg"] @ (yield from side.overlap(old, new)))
+    if compare:
+        overlap = yield from side.overlap(old, (yield from _gathered(side, state)))
+        if rotate:
+            state["exp_avg"].copy_(state["exp_avg"] @ overlap)
+        if "stability" in state:
+            found = stability(overlap, side.basis_axis.total).view(1)
+            state["stability"].copy_(torch.cat([state["stability"][1:], found]))
 
 
 def new_basis(job: Job, warm: Tensor | None = None) -> Steps:

@@ -19,6 +19,7 @@ x (l, w) is the columns first, first + 1, ... of rows that are `width` entries w
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import torch
@@ -60,25 +61,27 @@ def encode(x: Tensor, scales: Tensor, signed: bool, noise: Tensor, width: int, f
     is not zero does not become zero; with it, what is below the smallest code becomes zero or that, evenly.
     """
     divisor = _per_entry(torch.where(scales > 0, scales, 1.0), x.shape[1], width, first)
-    y = (x.abs() if signed else x) / divisor
+    y = x.abs().div_(divisor) if signed else x / divisor
     top = _CODES[signed]
-    codes = ((y.view(torch.int32) + noise) >> _DROPPED).sub_(_ONE - top).clamp_(0, top)
+    codes = (y.view(torch.int32) + noise).bitwise_right_shift_(_DROPPED).sub_(_ONE - top).clamp_(0, top)
     smallest = _value(1, signed)
     if not signed:
-        return torch.where(y > 0, codes.clamp(min=1), codes).to(torch.uint8)
-    rare = torch.where(y > noise * (smallest / (1 << _DROPPED)), 1, 0)
-    codes = torch.where(y < smallest, rare, codes)
-    return (codes + 128 * ((x < 0) & (codes > 0))).to(torch.uint8)
+        return torch.maximum(codes.to(torch.uint8), y > 0)
+    codes = torch.where(y < smallest, y > noise * (smallest / (1 << _DROPPED)), codes.to(torch.uint8))
+    return torch.where((x < 0) & (codes > 0), codes + 128, codes)
 
 
 def decode(codes: Tensor, scales: Tensor, signed: bool, width: int, first: int = 0) -> Tensor:
     """The fp32 values (l, w) of codes (l, w)."""
-    whole = codes.to(torch.int32)
-    magnitude = whole & 127 if signed else whole
-    values = ((magnitude + (_ONE - _CODES[signed])) << _DROPPED).view(torch.float32)
-    values = torch.where(magnitude > 0, values, 0.0)
-    values = torch.where(whole > 127, -values, values) if signed else values
-    return values * _per_entry(scales, codes.shape[1], width, first)
+    values = _table(signed, codes.device).index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)
+    return values.mul_(_per_entry(scales, codes.shape[1], width, first))
+
+
+@functools.cache
+def _table(signed: bool, device: torch.device) -> Tensor:
+    """The value of every code, (256,)."""
+    values = [0.0, *(_value(code, signed) for code in range(1, _CODES[signed] + 1))]
+    return torch.tensor(values + [-value for value in values] if signed else values, device=device)
 
 
 def _value(code: int, signed: bool) -> float:
@@ -102,7 +105,7 @@ def dither(key: tuple, step: int, rows: slice, columns: slice, device: torch.dev
     down = torch.arange(rows.start, rows.stop, device=device, dtype=torch.int64) * _ROW + start
     across = torch.arange(columns.start, columns.stop, device=device, dtype=torch.int64) * _COLUMN
     total = _wrapped(down).unsqueeze(1) + _wrapped(across)  # int32 addition wraps, as it should
-    return (total >> (32 - _DROPPED)) & ((1 << _DROPPED) - 1)
+    return total.bitwise_right_shift_(32 - _DROPPED).bitwise_and_((1 << _DROPPED) - 1)
 
 
 def _wrapped(x: Tensor) -> Tensor:

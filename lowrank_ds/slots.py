@@ -17,8 +17,9 @@ from lowrank_ds.engines.placement import Placement
 from lowrank_ds.int8_tensor import Int8Weight
 from lowrank_ds.layout import Flat, Layout
 from lowrank_ds.recipe import Recipe
+from lowrank_ds.subspace import HISTORY, Subspace
 
-COUNTERS = ("step", "refreshes", "last_refresh", "moment_step", "micro_batches")
+COUNTERS = ("step", "refreshes", "last_refresh", "moment_step", "micro_batches", "doublings", "judged")
 
 
 @dataclass
@@ -29,7 +30,8 @@ class Slot:
     parameter, index: the parameter it belongs to, and which of its matrices it is.
     state: its state tensors, plain ones that share memory with what `optimizer.state` holds.
     none_is_zero: see `Placement`.
-    The counters mirror 0-d state tensors, so that no step reads a number back from the device.
+    The counters mirror 0-d state tensors, so that no step reads a number back from the device. doublings, judged: how
+    often the interval between refreshes was doubled, and after how many refreshes that was last decided.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Slot:
     last_refresh: int = 0
     moment_step: int = 0
     micro_batches: int = 0
+    doublings: int = 0
+    judged: int = 0
     none_is_zero: bool = False
     parameter: str = ""
     index: int = 0
@@ -59,6 +63,14 @@ class Slot:
         for name in COUNTERS:
             if name in self.state:
                 self.state[name].fill_(getattr(self, name))
+
+    def judge(self, how: Subspace, stable: float) -> None:
+        """Decide once after each refresh whether the next is due at twice the interval (`Subspace.lazy`)."""
+        if how.lazy is None or self.judged == self.refreshes:
+            return
+        self.judged = self.refreshes
+        if self.refreshes > HISTORY and stable >= how.lazy:  # the first basis was compared with none
+            self.doublings += 1
 
     def drop_sums(self) -> None:
         """Forget micro-batches that no step has used."""
@@ -176,13 +188,16 @@ def _all_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, St
     if not projected or recipe.subspace is None:
         counters = COUNTERS[:1]
     else:
-        counters = COUNTERS if recipe.accumulation else COUNTERS[:-1]
+        counters = COUNTERS[:4] + COUNTERS[4:5] * bool(recipe.accumulation) + COUNTERS[5:] * bool(recipe.subspace.lazy)
     return {**pipeline.state_shapes(layout, recipe, projected), **dict.fromkeys(counters, SCALAR)}
 
 
+_MAY_BE_NEW = ("accumulated", "accumulated_peak", "micro_batches", "stability", "doublings", "judged")
+
+
 def _new(name: str, key: str, store: Mapping[str, Tensor]) -> bool:
-    """Whether loaded state may lack this: sums of micro-batches, when they were switched on after it was saved."""
-    return key not in store and name in ("accumulated", "accumulated_peak", "micro_batches")
+    """Whether loaded state may lack this: what belongs to options that may be switched on after it was saved."""
+    return key not in store and name in _MAY_BE_NEW
 
 
 def _fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -190,14 +205,15 @@ def _fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.
 
 
 def due(slot: Slot, recipe: Recipe) -> bool:
-    """Whether a new basis is due: at the first step, then every T steps (Flora: when step % kappa == 0)."""
+    """Whether a new basis is due: at the first step, then every T steps, 2T, 4T ... once the matrix was found stable
+    (Flora: when step % kappa == 0)."""
     if not slot.projected or recipe.subspace is None:
         return False
     if slot.refreshes == 0:
         return True
     if recipe.momentum:
         return (slot.step + 1) // recipe.subspace.every > (slot.last_refresh + 1) // recipe.subspace.every
-    return slot.step - slot.last_refresh >= recipe.subspace.every
+    return slot.step - slot.last_refresh >= recipe.subspace.every << slot.doublings
 
 
 def offset(name: str, every: int) -> int:
@@ -224,6 +240,12 @@ def _check_loaded(parameter: str, name: str, store: Mapping[str, Tensor], key: s
             "saved by another optimizer, or with other options; load it into the same one."
         )
     value = store[key]
+    if torch.uint8 in (value.dtype, expected.dtype) and value.dtype != expected.dtype:
+        raise ValueError(
+            f"{parameter}: the loaded {name!r} is {value.dtype}, expected {expected.dtype}: it was saved by an "
+            "optimizer with other moments=, projector_dtype= or min_8bit_size= (Flora: quantization=). Build this one "
+            "with the same."
+        )
     if tuple(value.shape) != tuple(expected.shape):
         raise ValueError(
             f"{parameter}: the loaded {name!r} has shape {tuple(value.shape)}, expected {tuple(expected.shape)}. It "

@@ -36,6 +36,8 @@ class Subspace:
         power: power rounds of randomized.
         stagger: spread the refreshes of different matrices over the interval (by a hash of the name).
         replicated: every rank stores the whole basis instead of its part (`projector_storage`).
+        lazy: the stability (`stability`, mean of the last HISTORY refreshes) from which on a matrix' interval doubles
+            after each refresh (Q-GaLore, arXiv:2407.08296); None: intervals stay.
     """
 
     method: str = "svd"
@@ -47,6 +49,23 @@ class Subspace:
     power: int = 1
     stagger: bool = False
     replicated: bool = False
+    lazy: float | None = None
+
+
+HISTORY = 5  # refreshes that `Subspace.lazy` looks back on, as q-galore-torch
+
+
+def stability(overlap: Tensor, dimension: int) -> Tensor:
+    """How much of a subspace a refresh kept, 0-d: 1 all of it, 0 no more than two random subspaces have in common.
+
+    overlap: B_old^T B_new (r, r) of bases (dimension, r). |overlap|_F^2 / r is the mean squared cosine between the two
+    subspaces, whatever the signs and the order of the vectors; of random ones it is r / dimension.
+    """
+    rank = overlap.shape[0]
+    if rank >= dimension:
+        return overlap.new_ones(())
+    chance = rank / dimension
+    return (overlap.square().sum() / rank - chance) / (1 - chance)
 
 
 class Sharded:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 import lowrank_ds
@@ -13,7 +15,10 @@ from lowrank_ds import pipeline, quantize
 from lowrank_ds.job import Job
 from lowrank_ds.layout import Flat, Layout
 from lowrank_ds.requests import finish_alone
+from tests import training
+from tests.cluster import batches, launch, tiny_llama
 from tests.simulation import layouts, run_ranks
+from tests.test_checkpoint import restore, state_of
 from tests.test_layout import entries_of, group_of, some_ranks
 
 EIGHT = {"moments": "8bit", "min_8bit_size": 0}
@@ -240,3 +245,312 @@ def test_a_broken_gradient_leaves_codes_alone(rank: int | None) -> None:
         for old, new in zip(before, after, strict=True):
             assert new["skipped"] == 1
             assert all(torch.equal(old[name], new[name]) for name in old if name != "skipped")
+
+
+# -- against the textbook ---------------------------------------------------------------------------------------------
+def test_one_step_from_stored_codes() -> None:
+    """A step starts from the values of the codes, moves them in full precision and rounds once: float64 agrees."""
+    options = {**EIGHT, "rank": None}
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.nn.Parameter(torch.randn(12, 300, generator=generator))
+    optimizer = lowrank_ds.GaLoreAdamW([("w", weight)], lr=1e-2, weight_decay=0.1, **options)
+    for step in (1, 2, 3):
+        state = {k: v.clone() for k, v in optimizer.state[weight].items()}
+        before = weight.detach().double().clone()
+        weight.grad = torch.randn(12, 300, generator=generator)
+        optimizer.step()
+        m, v = (torch.zeros(12, 300).double() for _ in range(2))
+        if step > 1:
+            m, v = (
+                quantize.decode(state[n], state[f"{n}_scale"], n == "exp_avg", 300).double()
+                for n in ("exp_avg", "exp_avg_sq")
+            )
+        grad = weight.grad.double()
+        m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
+        size = 1e-2 * math.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+        expected = before * (1 - 1e-2 * 0.1) - size * m / (v.sqrt() + 1e-6)
+        assert (weight.detach() - expected).abs().max() < 1e-6
+        now = optimizer.state[weight]
+        for name, exact in (("exp_avg", m), ("exp_avg_sq", v)):
+            stored = quantize.decode(now[name], now[f"{name}_scale"], name == "exp_avg", 300)
+            blocks = quantize.peaks(exact.float(), 300)
+            torch.testing.assert_close(now[f"{name}_scale"], blocks, rtol=1e-5, atol=0)
+            normal = exact.abs() > blocks.repeat_interleave(150, 1) * 2.0**-15
+            assert ((stored - exact).abs() <= exact.abs() / 7.9)[normal].all()
+
+
+def test_firas_residual_norm_knows_the_rounded_basis() -> None:
+    """|g - c B r|^2 from |g|^2, |r|^2 and |B r|^2: right for a basis that 4 bits left not orthonormal."""
+    generator = torch.Generator().manual_seed(4)
+    grad = torch.randn(64, 200, generator=generator)
+    exact = torch.linalg.qr(torch.randn(200, 16, generator=generator)).Q
+    basis = quantize.decode_range(*quantize.encode_range(exact, 4), 16, 4)
+    gram = basis.T @ basis
+    assert 0.01 < (gram - torch.eye(16)).abs().max() < 0.2  # what the identity for orthonormal bases would leave out
+    residual = lowrank_ds.algorithms.ScaleResidual(alpha=1.0, growth=math.inf)
+    coords = grad @ basis
+    inside = ((coords @ gram) * coords).sum(1)
+    layout = Flat.whole((64, 200))
+    lines = lowrank_ds.pipeline.Lines(layout.rows_axis, layout)
+    state = {"residual_norm": torch.tensor(math.inf)}
+    finish_alone(
+        residual.combine(coords, coords, grad.square().sum(1), state, lines, torch.ones(()), inside)
+    )  # phi = 1: the direction is the coordinates
+    truth = (grad - coords @ basis.T).norm()
+    torch.testing.assert_close(state["residual_norm"], truth, rtol=1e-5, atol=0)
+
+
+# -- lazy refresh -----------------------------------------------------------------------------------------------------
+def refreshes_of(turning: bool, steps: int = 120, **options) -> tuple[int, int]:
+    """(refreshes, doublings) of a matrix whose gradient stays in one subspace, or moves to a new one all the time."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(40, 24, generator=generator))
+    settings = {"update_proj_gap": 4, "lazy_refresh": True, "min_8bit_size": 0, "rank": 8, **options}
+    optimizer = lowrank_ds.QGaLore([("w", weight)], lr=1e-3, **settings)
+    left, right = torch.randn(40, 8, generator=generator), torch.randn(8, 24, generator=generator)
+    for _ in range(steps):
+        right = torch.randn(8, 24, generator=generator) if turning else right
+        weight.grad = (left * torch.randn(8, generator=generator)) @ right
+        optimizer.step()
+    state = optimizer.state[weight]
+    return int(state["refreshes"]), int(state.get("doublings", 0))
+
+
+def test_lazy_refresh_rests_where_nothing_changes() -> None:
+    """A gradient that stays in its subspace: the interval grows; one that leaves it: every refresh takes place."""
+    assert refreshes_of(turning=False) == (9, 4)  # steps 0, 4 ... 20, then after 8, 16, 32 and (not yet) 64
+    assert refreshes_of(turning=True) == (30, 0)
+    assert refreshes_of(turning=False, lazy_refresh=False) == (30, 0)
+    assert refreshes_of(turning=False, subspace="power", projector_dtype="fp32") == (9, 4)
+    assert refreshes_of(turning=True, lazy_threshold=0.1) == (30, 0)  # random subspaces of this size have 1/3 in common
+
+
+# -- engines ----------------------------------------------------------------------------------------------------------
+STEPS = 8
+# RMS difference of two runs' weights, in parts of how far the weights moved. Gradients are summed in another order, so
+# here and there a code rounds the other way: an eighth of one entry of a moment. One ulp in the initial weights does as
+# much to one process (measured over four draws: up to 5e-4); rounding itself, against fp32 state, about 5e-2.
+LIMIT = 2e-3
+RECIPES = {
+    "plain": ("galore", {**EIGHT, "rank": None}),
+    "fira": ("fira", FOUR),
+    "lazy": ("galore", {**FOUR, "lazy_refresh": True, "lazy_threshold": 0.05, "update_proj_gap": 1}),
+    "flora": ("flora unfactored", {"quantization": True, "min_8bit_size": 0}),
+}
+
+
+def counters(optimizer: torch.optim.Optimizer) -> dict[str, tuple[int, int]]:
+    """{matrix: (refreshes, doublings)} of what is projected and held here."""
+    slots = [slot for slots in optimizer._slots.values() for slot in slots]
+    return {slot.name: (slot.refreshes, slot.doublings) for slot in slots if slot.projected}
+
+
+def alone(name: str, model=None) -> tuple[dict, dict]:
+    """(weights, counters) of a recipe in this process."""
+    recipe, more = RECIPES[name]
+    model = model or tiny_llama()
+    optimizer = training.build(recipe, model, lr=1e-3, **more)
+    training.train_sharded(model, optimizer, "one", 0, 1, range(STEPS))
+    return training.weights_of(model), counters(optimizer)
+
+
+def sharded(rank: int, world: int, names: tuple[str, ...], kinds: tuple[str, ...]) -> dict:
+    """{(recipe, kind): (weights, counters)} under "zero2", "zero3", and what `training.fully_sharded` knows."""
+    found = {}
+    for name in names:
+        recipe, more = RECIPES[name]
+        for kind in kinds:
+            if kind.startswith("zero"):
+                engine = training.zero_engine(recipe, int(kind[4]), world, settings={"lr": 1e-3, **more})
+                training.train_engine(engine, rank, world, STEPS)
+                found[name, kind] = training.weights_of(engine.module), counters(engine.basic_optimizer)
+                engine.destroy()
+                continue
+            model = training.fully_sharded(kind, world)
+            optimizer = training.build(recipe, model, lr=1e-3, **more)
+            training.train_sharded(model, optimizer, kind, rank, world, range(STEPS))
+            found[name, kind] = training.weights_of(model), counters(optimizer)
+            state = optimizer.state[model.model.embed_tokens.weight]
+            assert state["exp_avg" if "flora" not in name else "exp_avg_sq"].dtype == torch.uint8
+    return found
+
+
+def test_engines_agree(capsys: pytest.CaptureFixture) -> None:
+    """ZeRO-2 x3, ZeRO-3 x2, FSDP2 x3, HSDP and FSDP x TP 2x2 train as one process; all ranks refresh alike."""
+    expected = {name: alone(name) for name in RECIPES}
+    runs = [(3, tuple(RECIPES), ("zero2", "fsdp2")), (2, tuple(RECIPES), ("zero3",))]
+    runs += [(4, ("plain", "fira"), ("hsdp", "fsdp2 tp"))]
+    for world, names, kinds in runs:
+        ranks = launch(world, sharded, names, kinds)
+        for (name, kind), (weights, counts) in ranks[0].items():
+            weights_alone, counts_alone = expected[name]
+            off = distance(weights, weights_alone)
+            with capsys.disabled():
+                print(f"\n{name:6s} {kind} x{world}: {off:.2e}", end="")
+            assert off < LIMIT, (name, kind)
+            for other in ranks:
+                held = other[name, kind][1]
+                assert all(counts_alone[matrix] == both for matrix, both in held.items()), (name, kind)
+            assert name == "plain" or counts
+    assert any(doublings for _, doublings in expected["lazy"][1].values())
+
+
+def distance(a: dict, b: dict) -> float:
+    """Root mean square of a - b over that of the updates, of all weights together."""
+    start = training.weights_of(tiny_llama())
+    off = sum((a[n] - b[n]).square().sum() for n in b)
+    return math.sqrt(off / sum((b[n] - start[n]).square().sum() for n in b))
+
+
+# -- saving and loading -----------------------------------------------------------------------------------------------
+def resumed(name: str, at: int) -> tuple[dict, dict]:
+    """(weights of a run that never stopped, of one that went through a file at step `at`), in this process."""
+    recipe, more = RECIPES[name]
+    runs = []
+    for stop in (None, at):
+        model = tiny_llama()
+        optimizer = training.build(recipe, model, **more)
+        training.train_sharded(model, optimizer, "one", 0, 1, range(stop or STEPS))
+        if stop:
+            file = io.BytesIO()
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+            file.seek(0)
+            loaded = torch.load(file, weights_only=True)
+            model = tiny_llama(seed=3)
+            model.load_state_dict(loaded["model"])
+            optimizer = training.build(recipe, model, **more)
+            optimizer.load_state_dict(loaded["optimizer"])
+            training.train_sharded(model, optimizer, "one", 0, 1, range(stop, STEPS))
+        runs.append(training.weights_of(model))
+    return runs[0], runs[1]
+
+
+@pytest.mark.parametrize("name", ["plain", "lazy", "flora"])
+def test_resume_is_bitwise(name: str) -> None:
+    """state_dict() through a file with weights_only=True, in the middle of a run."""
+    unbroken, continued = resumed(name, 6)
+    assert all(torch.equal(unbroken[n], continued[n]) for n in unbroken)
+
+
+def through_dcp(rank: int, world: int, folder: str) -> tuple[dict, dict, set[str]]:
+    """(weights of an FSDP2 run that never stopped, of one through torch.distributed.checkpoint, its state's dtypes)."""
+    recipe, more = RECIPES["lazy"]
+    model = training.fully_sharded("fsdp2", world)
+    optimizer = training.build(recipe, model, lr=1e-3, **more)
+    training.train_sharded(model, optimizer, "fsdp2", rank, world, range(6))
+    dcp.save(state_of(model, optimizer, False), checkpoint_id=folder)
+    training.train_sharded(model, optimizer, "fsdp2", rank, world, range(6, STEPS))
+    unbroken = training.weights_of(model)
+    model = training.fully_sharded("fsdp2", world, tiny_llama(seed=3))
+    optimizer = training.build(recipe, model, lr=1e-3, **more)
+    restore(model, optimizer, folder, False)
+    dtypes = {str(t.dtype) for state in optimizer.state.values() for t in state.values()}
+    training.train_sharded(model, optimizer, "fsdp2", rank, world, range(6, STEPS))
+    return unbroken, training.weights_of(model), dtypes
+
+
+def reshard(rank: int, world: int, folder: str) -> dict:
+    """Weights of the run that `through_dcp` saved, continued on this many ranks."""
+    recipe, more = RECIPES["lazy"]
+    model = training.fully_sharded("fsdp2", world, tiny_llama(seed=3))
+    optimizer = training.build(recipe, model, lr=1e-3, **more)
+    restore(model, optimizer, folder, False)
+    training.train_sharded(model, optimizer, "fsdp2", rank, world, range(6, STEPS))
+    return training.weights_of(model)
+
+
+def test_fsdp2_checkpoints(tmp_path) -> None:
+    """Codes are DTensors: bitwise on as many ranks, and cut anew with their rows on another number of them."""
+    unbroken, continued, dtypes = launch(3, through_dcp, str(tmp_path))[0]
+    assert dtypes == {"torch.float32", "torch.uint8"}
+    assert all(torch.equal(unbroken[name], continued[name]) for name in unbroken)
+    assert distance(launch(2, reshard, str(tmp_path))[0], unbroken) < LIMIT
+
+
+LOADS = [  # options of the saved state, of the optimizer that loads it, the message
+    ({}, EIGHT, r"moments is 'fp32', but this optimizer was built with '8bit'.*build the optimizer with it"),
+    (EIGHT, {}, r"moments is '8bit', but this optimizer was built with 'fp32'"),
+    (EIGHT, FOUR, r"projector_dtype is 'fp32', but this optimizer was built with '4bit'"),
+    (EIGHT, {"moments": "8bit"}, r"min_8bit_size is 0, but this optimizer was built with 4096"),
+]
+
+
+@pytest.mark.parametrize(("saved", "mine", "message"), LOADS)
+def test_other_storage_is_refused(saved: dict, mine: dict, message: str) -> None:
+    """State kept in another way is not reinterpreted."""
+    model = tiny_llama()
+    optimizers = [lowrank_ds.GaLoreAdamW(model.named_parameters(), rank=8, **options) for options in (saved, mine)]
+    optimizers[0].init_state()
+    with pytest.raises(ValueError, match=message):
+        optimizers[1].load_state_dict(optimizers[0].state_dict())
+    groupless = optimizers[0].state_dict()
+    for group in groupless["param_groups"]:
+        for name in ("moments", "projector_dtype", "min_8bit_size"):
+            del group[name]  # as from a release that did not have them, or through a tool that drops options
+    optimizers[1].load_state_dict(groupless)
+    with pytest.raises(ValueError, match=r"moments=|projector_dtype="):
+        optimizers[1].init_state()
+
+
+def test_lazy_refresh_is_refused_without_a_basis_to_compare() -> None:
+    """Random bases and two-sided ones."""
+    for options in ({"proj_type": "full"}, {"subspace": "gaussian"}):
+        with pytest.raises(ValueError, match="lazy_refresh compares one orthonormal basis.*leave lazy_refresh out"):
+            lowrank_ds.GaLoreAdamW(tiny_llama().named_parameters(), rank=8, lazy_refresh=True, **options)
+    with pytest.raises(ValueError, match=r"lazy_threshold must be a number in \(0, 1\]"):
+        lowrank_ds.QGaLore(tiny_llama().named_parameters(), rank=8, lazy_threshold=1.5)
+
+
+# -- bytes ------------------------------------------------------------------------------------------------------------
+def bytes_and_size(shape: tuple[int, ...], **options) -> int:
+    """Bytes of state of one parameter, less the 0-d tensors."""
+    weight = torch.nn.Parameter(torch.zeros(shape))
+    optimizer = lowrank_ds.GaLoreAdamW([("w", weight)], **options)
+    optimizer.init_state()
+    scalars = sum(4 for t in optimizer.state[weight].values() if t.dim() == 0)
+    return lowrank_ds.state_bytes(optimizer) - scalars
+
+
+def test_state_bytes_are_as_computed() -> None:
+    """What is stored, byte by byte; small parameters, vectors and narrow lines stay fp32."""
+    m, n, r = 600, 300, 20
+    eight, four = {"moments": "8bit"}, {"moments": "8bit", "projector_dtype": "4bit"}
+    assert bytes_and_size((m, n), rank=r) == 4 * (2 * m * r + n * r)
+    assert bytes_and_size((m, n), rank=r, **eight) == 2 * m * (r + 4) + 4 * n * r
+    assert bytes_and_size((m, n), rank=r, **four) == 2 * m * (r + 4) + n * (r // 2 + 8)
+    assert bytes_and_size((m, n), rank=r, **{**four, "projector_dtype": "8bit"}) == 2 * m * (r + 4) + n * (r + 8)
+    assert bytes_and_size((m, n), rank=None, **eight) == 2 * m * (n + 2 * 4)
+    assert bytes_and_size((m * n,), rank=None, **eight) == 2 * 4 * m * n
+    assert bytes_and_size((63, 65), rank=None, **eight) == 2 * 4 * 63 * 65
+    assert bytes_and_size((64, 64), rank=None, **eight) == 2 * 64 * (64 + 4)
+    assert bytes_and_size((m, n), rank=7, **four) == 4 * (2 * m * 7 + n * 7)
+
+
+# -- in the backward, in micro-batches --------------------------------------------------------------------------------
+def test_layerwise_is_the_same() -> None:
+    """Updates inside the backward: the weights of step(), bit by bit."""
+    expected, _ = alone("lazy")
+    recipe, more = RECIPES["lazy"]
+    model = tiny_llama()
+    optimizer = training.build(recipe, model, lr=1e-3, **more)
+    lowrank_ds.layerwise(model, optimizer)
+    training.train_sharded(model, optimizer, "one", 0, 1, range(STEPS))
+    assert distance(training.weights_of(model), expected) < LIMIT / 100
+
+
+def test_micro_batches_are_summed_in_the_rounded_subspace() -> None:
+    """compress_accumulation with a 4-bit projector: as whole gradients, which are projected once."""
+    found = []
+    for compressed in (False, True):
+        model = tiny_llama()
+        more = {**FOUR, "update_proj_gap": 3, "compress_accumulation": compressed}
+        optimizer = training.build("galore", model, lr=1e-3, **more)
+        for batch in batches(STEPS):
+            for mine in batch.chunk(2):
+                (model(input_ids=mine, labels=mine).loss / 2).backward()
+                if compressed:
+                    optimizer.accumulate()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(training.weights_of(model))
+    assert distance(found[1], found[0]) < LIMIT

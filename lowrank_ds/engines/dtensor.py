@@ -192,7 +192,7 @@ class DTensorPlacement:
         if stored.entries:
             return self._dtensor(part, self.shape, self.placements)
         lead = self._leading(m, n)
-        if not lead and stored.axis is None:
+        if not lead and stored.axis is None and not stored.rest:
             return part  # 0-d and the same on every rank
         placements = [self._state_placement(p, stored, self._role(p, m, n), lead) for p in self.placements]
         return self._dtensor(part, (*self.shape[:lead], *stored.full), placements)
