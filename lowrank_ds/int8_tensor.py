@@ -21,7 +21,7 @@ from lowrank_ds import int8_codes
 _WAY_OUT = (
     "An int8 weight trains in one process, or under FSDP2 (fully_shard) or replicate(), which cut rows, with an "
     "optimizer of lowrank_ds. DDP, FSDP1, DeepSpeed ZeRO and tensor parallelism flatten it or cut its columns: leave "
-    "int8_weights() out there. Its numbers as a plain tensor: weight.dequantize()."
+    "int8_weights() out there. Multiply by it with torch.nn.functional.linear; as a plain tensor: weight.dequantize()."
 )
 
 
