@@ -192,12 +192,12 @@ def _all_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, St
     return {**pipeline.state_shapes(layout, recipe, projected), **dict.fromkeys(counters, SCALAR)}
 
 
-_MAY_BE_NEW = ("accumulated", "accumulated_peak", "micro_batches", "stability", "doublings", "judged")
+MAY_BE_NEW = ("accumulated", "accumulated_peak", "micro_batches", "stability", "doublings", "judged")
 
 
 def _new(name: str, key: str, store: Mapping[str, Tensor]) -> bool:
     """Whether loaded state may lack this: what belongs to options that may be switched on after it was saved."""
-    return key not in store and name in _MAY_BE_NEW
+    return key not in store and name in MAY_BE_NEW
 
 
 def _fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:

@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_ds.checkpoint import format, places
+from lowrank_ds.checkpoint import format
 from lowrank_ds.checkpoint.agree import CheckpointError, place
 from lowrank_ds.checkpoint.format import Entry, Key, Manifest, Piece
 from lowrank_ds.checkpoint.read import Checkpoint
+from lowrank_ds.checkpoint.records import records
 from lowrank_ds.checkpoint.runs import Run, Taken
 from lowrank_ds.engines import deepspeed, deepspeed_checkpoint
 from lowrank_ds.groups import logger
@@ -77,7 +78,7 @@ def describe(optimizer: LowRankOptimizer) -> dict[str, Any] | None:
         "algorithm": type(optimizer).__name__,
         "projected": sorted(optimizer._projected),
         "names": {own: name for own, name in names.items() if name is not None},
-        "records": places.records(optimizer),
+        "records": records(optimizer),
     }
 
 

@@ -39,7 +39,8 @@ class Key(NamedTuple):
     """What a tensor is.
 
     section: "weights", "buffers", "state", "gradients" (amid a step only) or "local". name: of the parameter, buffer or
-    matrix; for "local", the rank as a string. part: of "state" and "local", which of its tensors; else "".
+    matrix; for "local", the rank as a string. part: of "state", "local" and int8 weights ("codes", "scales"), which of
+    its tensors; else "".
     """
 
     section: str
@@ -48,9 +49,9 @@ class Key(NamedTuple):
 
     def __str__(self) -> str:
         """What it is called in files (followed by @start where it is not whole) and messages."""
-        if self.section in ("weights", "buffers"):
-            return self.name
-        return f"{self.name}::{self.part}" if self.section == "state" else f"{self.section}::{self.name}::{self.part}"
+        if self.section in ("weights", "buffers", "state"):
+            return f"{self.name}::{self.part}" if self.part else self.name
+        return f"{self.section}::{self.name}::{self.part}"
 
 
 class Piece(NamedTuple):

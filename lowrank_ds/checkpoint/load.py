@@ -107,6 +107,12 @@ def _check(saved: Checkpoint, part: Part) -> bool:
     if entry is None:
         if part.optional:
             return True  # sums of micro-batches that were not asked for then: zeros
+        if key.section == "weights" and any(k[:2] == key[:2] for k in saved.manifest.entries):
+            here, there = ("int8", "float") if key.part else ("float", "int8")
+            raise CheckpointError(
+                f"{key.name} is a weight of {there} numbers in the checkpoint and {here} here. Build the model as it was "
+                "when it was saved (lowrank_ds.int8_weights)."
+            )
         raise CheckpointError(f"{key} is not in the checkpoint. Was it saved from another model, or by other options?")
     if entry.shape != tuple(part.shape):
         raise CheckpointError(
@@ -176,6 +182,7 @@ def _finish(plan: _Plan) -> None:
         deepspeed_checkpoint.set_counters(target.engine, plan.saved.manifest.engine)
     if target.optimizer is None:
         return
+    target.optimizer._broken = None
     if plan.groups is None:
         target.optimizer.start_anew()
         return

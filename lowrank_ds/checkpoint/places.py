@@ -21,9 +21,10 @@ from lowrank_ds.checkpoint.agree import CheckpointError
 from lowrank_ds.checkpoint.format import Key
 from lowrank_ds.checkpoint.runs import Run
 from lowrank_ds.engines import deepspeed_checkpoint
+from lowrank_ds.int8_tensor import Int8Weight
 from lowrank_ds.layout import Layout
 from lowrank_ds.optimizer import LowRankOptimizer
-from lowrank_ds.slots import Slot, stored
+from lowrank_ds.slots import MAY_BE_NEW, Slot, stored
 
 
 class Part(NamedTuple):
@@ -156,8 +157,21 @@ def _model_names(target: Target) -> Callable[[Slot, Tensor], str]:
 
 def _pieces(key: Key, shape, local: Callable[[], Tensor], start: int, layout: Layout, first: int) -> Iterator[Part]:
     """What is held of one matrix of a tensor of the parameter's shape; `local()`: the plain tensor that has it."""
+    if isinstance(local(), Int8Weight):
+        yield from _int8_pieces(key, local, layout)
+        return
     for run in runs.of_layout(layout, first):
         yield Part(key, shape, run, local().dtype, *_access(local, start, run.size))
+
+
+def _int8_pieces(key: Key, local: Callable[[], Int8Weight], layout: Layout) -> Iterator[Part]:
+    """The same of an int8 weight, of which this rank has rows: codes (m, n) and scales (m, blocks of a row)."""
+    m, rows = layout.shape[0], layout.rows_axis.window
+    for name in ("codes", "scales"):
+        kept = getattr(local(), name)
+        run = Run.interval(rows.start * kept.shape[1], rows.stop * kept.shape[1])
+        get = lambda name=name: getattr(local(), name).view(-1)
+        yield Part(Key("weights", key.name, name), (m, kept.shape[1]), run, kept.dtype, get, lambda _: None)
 
 
 def _access(
@@ -188,7 +202,7 @@ def state_part(slot: Slot, part: str, how: Stored, parameter: tuple[int, ...]) -
             f"{slot.name}: its state {part!r} has {tensor.numel()} numbers on this rank, its layout says {run.size}. "
             "Please report this."
         )
-    optional = part in ("accumulated", "accumulated_peak", "micro_batches")
+    optional = part in MAY_BE_NEW
     idle = how.axis is None and not how.entries and not slot.layout.numel
     key = Key("state", slot.name, part)
     return Part(key, shape, run, tensor.dtype, lambda: tensor.view(-1), lambda _: None, optional, idle)
