@@ -7,6 +7,7 @@ import functools
 import io
 import math
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowrank_ds
-from lowrank_ds import Int8Weight, int8_codes, int8_weights
+from lowrank_ds import CheckpointError, Int8Weight, int8_codes, int8_weights, load_checkpoint, save_checkpoint
 from tests import test_bf16_weights as bf16
 from tests.cluster import batches, launch, tiny_llama
 from tests.training import (
@@ -373,6 +374,16 @@ def test_resume_is_bitwise() -> None:
                 assert torch.equal(found.codes, weight.codes) and torch.equal(found.scales, weight.scales)
 
 
+def test_checkpoints_tell_int8_from_float(tmp_path: Path) -> None:
+    """Neither kind of weight is taken for the other."""
+    save_checkpoint(tmp_path / "int8", int8_llama())
+    save_checkpoint(tmp_path / "float", tiny_llama())
+    with pytest.raises(CheckpointError, match=r"q_proj.weight is a weight of int8 numbers in the checkpoint and float"):
+        load_checkpoint(tmp_path / "int8", tiny_llama())
+    with pytest.raises(CheckpointError, match=r"q_proj.weight is a weight of float numbers in the checkpoint and int8"):
+        load_checkpoint(tmp_path / "float", int8_llama())
+
+
 def test_float_numbers_go_in_and_out() -> None:
     """A float state dict is rounded to nearest; Module.to changes what the weight looks like, not its codes."""
     model, plain = int8_llama(), tiny_llama(seed=3)
@@ -495,7 +506,7 @@ def _sharded(rank: int, world: int, kind: str, recipe: str, steps: int, inside: 
     return numbers(weights_of(model))
 
 
-def _checkpointed(rank: int, world: int, folder: str, load: bool) -> tuple[dict, dict]:
+def _checkpointed(rank: int, world: int, folder: str, load: bool, ours: bool = False) -> tuple[dict, dict]:
     """(weights at step 4, at step 7) of a run saved at step 4, or loaded there, by torch.distributed.checkpoint."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -506,11 +517,14 @@ def _checkpointed(rank: int, world: int, folder: str, load: bool) -> tuple[dict,
         train_sharded(model, optimizer, "fsdp2", rank, world, range(SAVED))
     weights, state = get_state_dict(model, optimizer)
     saved = {"model": weights, "optimizer": state}
-    if load:
-        dcp.load(saved, checkpoint_id=folder)
+    if ours:
+        load_checkpoint(f"{folder}/ours", model, optimizer)
+    elif load:
+        dcp.load(saved, checkpoint_id=f"{folder}/dcp")
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     else:
-        dcp.save(saved, checkpoint_id=folder)
+        dcp.save(saved, checkpoint_id=f"{folder}/dcp")
+        save_checkpoint(f"{folder}/ours", model, optimizer)
     at_save = numbers(weights_of(model))
     train_sharded(model, optimizer, "fsdp2", rank, world, range(SAVED, TOTAL))
     return at_save, numbers(weights_of(model))
@@ -550,6 +564,7 @@ def _worker(rank: int, world: int, folder: str) -> dict[str, Any]:
     else:
         found["steps"] = _sharded(rank, world, "fsdp2", RECIPE, TOTAL)
     found["load"] = _checkpointed(rank, world, folder, load=True)
+    found["load ours"] = _checkpointed(rank, world, folder, load=True, ours=True)
     return found
 
 
@@ -585,9 +600,10 @@ def test_layerwise_sharded_is_step(worlds: dict) -> None:
     assert largest_difference(worlds[2]["layerwise"], worlds[2]["save"][1]) == 0.0
 
 
-def test_distributed_checkpoint(worlds: dict) -> None:
+@pytest.mark.parametrize("way", ["load", "load ours"])
+def test_distributed_checkpoint(worlds: dict, way: str) -> None:
     """Bitwise at the same world size; on three ranks the same codes and scales, then the same training to 1e-6."""
-    (at, end), (at2, end2), (at3, end3) = worlds[2]["save"], worlds[2]["load"], worlds[3]["load"]
+    (at, end), (at2, end2), (at3, end3) = worlds[2]["save"], worlds[2][way], worlds[3][way]
     assert largest_difference(at, at2) == largest_difference(end, end2) == 0.0
     assert largest_difference(at, at3) == 0.0
     assert largest_difference(end, end3) <= 1e-6

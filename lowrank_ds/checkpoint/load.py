@@ -110,8 +110,8 @@ def _check(saved: Checkpoint, part: Part) -> bool:
         if key.section == "weights" and any(k[:2] == key[:2] for k in saved.manifest.entries):
             here, there = ("int8", "float") if key.part else ("float", "int8")
             raise CheckpointError(
-                f"{key.name} is a weight of {there} numbers in the checkpoint and {here} here. Build the model as it was "
-                "when it was saved (lowrank_ds.int8_weights)."
+                f"{key.name} is a weight of {there} numbers in the checkpoint and {here} here. Build the model as it "
+                "was when it was saved (lowrank_ds.int8_weights)."
             )
         raise CheckpointError(f"{key} is not in the checkpoint. Was it saved from another model, or by other options?")
     if entry.shape != tuple(part.shape):
