@@ -127,6 +127,7 @@ def test_text_formats_give_the_same_documents(tmp_path: Path) -> None:
 
 
 LAYERWISE = ["--optimizer", "X", "--layerwise"]
+DATA = ["--optimizer", "X", "--dataset", "c4"]
 
 
 @pytest.mark.parametrize(
@@ -149,6 +150,9 @@ LAYERWISE = ["--optimizer", "X", "--layerwise"]
         ([*LAYERWISE, "--clip", "two_pass"], "--clip two_pass needs --gradient-clipping, the largest norm"),
         ([*LAYERWISE, "--engine", "fsdp1"], "FSDP1 fires no hook with the reduced gradient; use --engine fsdp2"),
         (["--layerwise", "--deepspeed_config", "z", "--gradient-clipping", "1"], "DeepSpeed clips before gradients"),
+        ([*DATA, "--timeout", "0"], "--timeout must be a number of seconds > 0"),
+        ([*DATA, "--timeout", "inf"], "--timeout must be a number of seconds > 0"),
+        ([*DATA, "--diagnostics-every", "-1"], "--diagnostics-every must be a number of steps, or 0 for never"),
     ],
 )
 def test_pretrain_flags_are_checked(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
@@ -272,7 +276,8 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if flags.get("deepspeed_config") == "zero3.json":
             flags = {**flags, "deepspeed_config": str(folder / "zero3.json")}
         optimizer = {} if "deepspeed_config" in flags else {"optimizer": "FiraAdamW"}
-        (folder / f"{name}.yaml").write_text(json.dumps({**FIRA, **optimizer, **flags}))
+        watched = {"diagnostics_every": 2, "timeout": 300}
+        (folder / f"{name}.yaml").write_text(json.dumps({**FIRA, **watched, **optimizer, **flags}))
         pretrain(corpus, folder / name, "--config", folder / f"{name}.yaml", processes=processes)
     return folder
 
@@ -300,6 +305,19 @@ def test_engines_end_in_the_same_place(runs: Path, capsys: pytest.CaptureFixture
     with capsys.disabled():
         print("\npretrain.py, weights against one process:", {n: f"{d:.1e}" for n, d in differences.items()})
     assert all(difference <= 1e-5 for difference in differences.values()), differences
+
+
+def test_diagnostics_are_those_of_one_process(runs: Path) -> None:
+    """diagnostics.jsonl after 2 steps and at the end, on every engine."""
+    for name in RUNS:
+        found, expected = (
+            [json.loads(line) for line in (runs / run / "diagnostics.jsonl").read_text().splitlines()]
+            for run in (name, "plain")
+        )
+        assert [line["step"] for line in found] == [2, 3], name
+        for ours, one in zip(found, expected, strict=True):
+            assert ours["summary"] == pytest.approx(one["summary"], rel=1e-3), name
+            assert ours["matrices"].keys() == one["matrices"].keys(), name
 
 
 def test_the_activation_checkpointing_section_is_applied(runs: Path) -> None:
