@@ -147,8 +147,10 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     print(header(torch.device("cpu")), flush=True)
-    print(f"\n| state | {given.model}, MiB | of AdamW | loss after {given.steps} | against fp32 | "
-          "step, ms | refreshes |\n|---|---|---|---|---|---|---|", flush=True)  # fmt: skip
+    print(
+        f"\n| state | {given.model}, MiB | of AdamW | loss after {given.steps} | against fp32 | step, ms | refreshes |"
+    )
+    print("|---|---|---|---|---|---|---|", flush=True)
     base, exact = None, math.nan
     for row in given.rows:
         size = bytes_of(row, given.model, given.rank)
