@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowrank_ds import engines, options
 from lowrank_ds import params as selection
+from lowrank_ds.int8_tensor import Int8Weight
 from lowrank_ds.recipe import Recipe
 
 logger = logging.getLogger("lowrank_ds")
@@ -191,7 +192,9 @@ class NamedGroups(torch.optim.Optimizer):
         names = [n for g in self.param_groups for n in g["param_names"]]
         plain = [n for n in names if n not in self._projected]
         ranks = sorted({g["rank"] for g in self.param_groups if g["rank"] is not None})
+        coded = sum(isinstance(engines.local(p), Int8Weight) for g in self.param_groups for p in g["params"])
         return (
             f"{type(self).__name__}: {len(names) - len(plain)} parameters projected (rank {ranks}), {len(plain)} plain"
             + (f": {', '.join(plain[:6])}{' ...' if len(plain) > 6 else ''}" if plain else "")
+            + (f"; int8: {coded} of them" if coded else "")
         )

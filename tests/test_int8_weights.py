@@ -391,6 +391,7 @@ def test_float_numbers_go_in_and_out() -> None:
     weight, exact = model.model.layers[0].mlp.up_proj.weight, plain.model.layers[0].mlp.up_proj.weight
     assert (weight.dequantize() - exact).abs().max() <= 0.5001 * weight.scales.max()
     optimizer = build("galore", model)  # holds weak references to the parameters: .to() must keep them
+    assert optimizer.summary().endswith("; int8: 14 of them")
     codes = weight.codes.clone()
     model.to(torch.bfloat16)
     assert model.model.layers[0].mlp.up_proj.weight is weight and weight.dtype == torch.bfloat16
