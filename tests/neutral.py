@@ -35,7 +35,7 @@ class Run(NamedTuple):
 def start(
     kind: str, recipe: str, rank: int, world: int, /, initial: int = 0, bf16: bool = False, **settings: Any
 ) -> Run:
-    """An untrained model under an engine: "one", "ddp", "zero1" ... "zero3", "zero3 layerwise", "zero2 scheduled",
+    """An untrained model under an engine: "one", "ddp", "zero1" ... "zero3" (with words that `_zero` looks for),
     "fsdp1", "fsdp2", "hsdp", "fsdp2 tp". initial: seed of the weights. settings: the recipe's."""
     known = training.settings_of(recipe)[1]
     settings = {name: GAP for name in ("update_proj_gap", "kappa") if name in known} | settings
@@ -64,6 +64,10 @@ def start(
 
 def _zero(kind: str, recipe: str, rank: int, world: int, model: Any, bf16: bool, settings: dict) -> Run:
     more: dict[str, Any] = {"bf16": {"enabled": True}} if bf16 else {}
+    if "grad fp32" in kind:  # DeepSpeed's BF16_Optimizer
+        more["data_types"] = {"grad_accum_dtype": "fp32"}
+    if "sub-groups" in kind:
+        more["zero"] = {"sub_group_size": 3000}
     if "layerwise" in kind:
         settings = {**settings, "layerwise": True}
     if "scheduled" in kind:

@@ -2,7 +2,7 @@
 
 from lowrank_ds.checkpoint.agree import CheckpointError
 from lowrank_ds.checkpoint.load import load_checkpoint
-from lowrank_ds.checkpoint.places import records
+from lowrank_ds.checkpoint.records import records
 from lowrank_ds.checkpoint.save import save_checkpoint
 
 __all__ = ["CheckpointError", "load_checkpoint", "records", "save_checkpoint"]

@@ -10,6 +10,7 @@ checkpoints are the same thing to a reader.
 from __future__ import annotations
 
 import ctypes
+import glob
 import hashlib
 import json
 import math
@@ -144,7 +145,7 @@ class Manifest:
 def _checked_json(folder: Path, verify: bool) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
-        others = [p for p in folder.parent.glob(f"{folder.name}.*") if p.is_dir() and (p / MANIFEST).is_file()]
+        others = [found.parent for found in folder.parent.glob(f"{glob.escape(folder.name)}.*/{MANIFEST}")]
         hint = f" {others[0]} is complete: rename it." if others and not folder.exists() else ""
         raise CheckpointError(f"{folder} is no checkpoint of lowrank_ds.save_checkpoint: it has no {MANIFEST}.{hint}")
     try:

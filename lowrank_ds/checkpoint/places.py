@@ -106,9 +106,10 @@ def optimizer_parts(target: Target) -> Iterator[Part]:
         for slot in slots:
             shape = target.optimizer._shapes[slot.parameter]
             key = Key("weights", names(slot, host))
-            yield from _pieces(key, shape, lambda host=host: engines.local(host), slot.start, slot.layout, _first(slot))
+            local = lambda host=host: engines.local(host)
+            yield from _pieces(key, shape, local, slot.start, slot.layout, first_entry(slot))
             for part, how in stored(slot, recipe).items():
-                yield _state(slot, part, how, shape)
+                yield state_part(slot, part, how, shape)
 
 
 def gradient_parts(target: Target, wanted: Callable[[str, Tensor], bool]) -> Iterator[Part]:
@@ -122,7 +123,7 @@ def gradient_parts(target: Target, wanted: Callable[[str, Tensor], bool]) -> Ite
             name, shape = names(slot, host), target.optimizer._shapes[slot.parameter]
             if wanted(name, host):
                 local = lambda host=host: _gradient(host)
-                yield from _pieces(Key("gradients", name), shape, local, slot.start, slot.layout, _first(slot))
+                yield from _pieces(Key("gradients", name), shape, local, slot.start, slot.layout, first_entry(slot))
 
 
 def _gradient(host: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ def sums_now(target: Target) -> bool:
     return any(slot.micro_batches for own in slots for slot in own)
 
 
-def _first(slot: Slot) -> int:
+def first_entry(slot: Slot) -> int:
     """Where the matrix begins in its parameter's entries."""
     return slot.index * slot.layout.shape[0] * slot.layout.shape[1]
 
@@ -177,7 +178,7 @@ def _access(
     return get, put
 
 
-def _state(slot: Slot, part: str, how: Stored, parameter: tuple[int, ...]) -> Part:
+def state_part(slot: Slot, part: str, how: Stored, parameter: tuple[int, ...]) -> Part:
     """One state tensor of a matrix."""
     whole = math.prod(slot.layout.shape) == math.prod(parameter)
     tensor = slot.state[part]
@@ -272,35 +273,6 @@ def _trained_elsewhere(target: Target) -> set[str]:
         for name, p in target.model.named_parameters()
         if id(p) in given and p.requires_grad and engines.is_partitioned(p)
     }
-
-
-# -- for others -------------------------------------------------------------------------------------------------------
-def records(optimizer: LowRankOptimizer) -> list[list[dict[str, Any]]]:
-    """Where the state dict's tensors lie in the whole: for each tensor, in the order of `state_dict()`, its matrices.
-
-    A matrix is {"name", "parameter", "shape": the parameter's, "weight": [start, Run or None], "prefix": of its keys,
-    "state": {key: [full shape, Run or None]}}: `start` is where its entries begin in the tensor's, and `Run` (start,
-    count, length, stride) says which entries of the whole parameter (of the whole state) they are; None: no entries.
-    Tensors without state are []. JSON-able.
-    """
-    found = []
-    for group in optimizer.param_groups:
-        recipe = optimizer.recipe(group)
-        for index, host in enumerate(group["params"]):
-            slots = optimizer._bind(group, index) if host in optimizer.state else []
-            found.append([_record(optimizer, slot, recipe) for slot in slots])
-    return found
-
-
-def _record(optimizer: LowRankOptimizer, slot: Slot, recipe: Any) -> dict[str, Any]:
-    shape = optimizer._shapes[slot.parameter]
-    weight = next(iter(runs.of_layout(slot.layout, _first(slot))), None)
-    state = {name: _state(slot, name, how, shape) for name, how in stored(slot, recipe).items()}
-    return {
-        "name": slot.name, "parameter": slot.parameter, "shape": list(shape), "prefix": slot.prefix,
-        "weight": [slot.start, weight and list(weight)],
-        "state": {k: [list(part.shape), list(part.run) if part.run.size else None] for k, part in state.items()},
-    }  # fmt: skip
 
 
 @contextlib.contextmanager

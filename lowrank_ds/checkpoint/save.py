@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -67,7 +68,9 @@ def save_checkpoint(
         return claims, _json(extra)
 
     told = together(what, survey)
-    entries, own = together(what, lambda: _deal([claims for claims, _ in told], [text for _, text in told]))[place()[0]]
+    dealt: list = []  # the same on every rank: not to be sent around
+    together(what, lambda: dealt.extend(_deal([claims for claims, _ in told], [text for _, text in told])))
+    entries, own = dealt
     folder = together(what, lambda: _begin(final))[0]
     try:
         _write(what, final, folder, targets[0], [(mine[i], run, name) for i, run, name in own], entries, extra)
@@ -213,7 +216,7 @@ def _begin(final: Path) -> Path | None:
     if final.exists() and not (final / MANIFEST).is_file() and (not final.is_dir() or any(final.iterdir())):
         raise CheckpointError(f"{final} exists and is no checkpoint of lowrank_ds; it is not replaced")
     final.parent.mkdir(parents=True, exist_ok=True)
-    for stale in final.parent.glob(f"{final.name}.partial-*"):
+    for stale in final.parent.glob(f"{glob.escape(final.name)}.partial-*"):
         shutil.rmtree(stale, ignore_errors=True)
     folder = final.with_name(f"{final.name}.partial-{secrets.token_hex(4)}")
     folder.mkdir()
