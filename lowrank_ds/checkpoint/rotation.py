@@ -7,7 +7,7 @@
     ROOT/step-*.removed   an old checkpoint that is being removed, or whose removal was killed
     ROOT/step-*.torn      a damaged checkpoint that was set aside; it goes when a newer one is complete
 
-Whatever moment a process is killed at, a folder with a complete checkpoint's name is complete. No torch in here.
+Whatever moment a process is killed at, a folder with a complete checkpoint's name is complete.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import os
 import re
 import shutil
 from pathlib import Path
+
+from lowrank_ds.checkpoint.format import sync_folder
 
 LATEST = "latest"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -106,15 +108,6 @@ def replace_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(aside, path)
     sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Have the names in a folder on the disk, not only what is in the files."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
