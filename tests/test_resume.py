@@ -19,9 +19,11 @@ import torch
 from launch.data import fingerprint_blocks
 from launch.identity import compare, describe_run
 from launch.options import BatchPlan, parse
+from launch.processes import Processes
 from launch.progress import Progress
 from launch.randomness import random_state, restore_random_state, seed_all
 from launch.resume import candidates, check_run, verify
+from launch.saving import Position, Saver
 from launch.streaming import StreamBatches
 from lowrank_ds.checkpoint import CheckpointError
 from lowrank_ds.checkpoint.rotation import Rotation
@@ -184,6 +186,27 @@ def test_metrics_wait_for_room(tmp_path: Path, capsys: pytest.CaptureFixture, mo
     assert [(line["kind"], line["step"]) for line in lines] == [("train", 1), ("valid", 1), ("train", 2)]
     progress.restore(1, {"training_seconds": 5.0})
     assert len(progress.file.read_text().splitlines()) == 2 and progress.training_seconds == 5.0
+
+
+def test_diagnostics_of_steps_done_again_are_dropped(tmp_path: Path) -> None:
+    """A record of a step after the checkpoint would be there twice; half a line goes, too."""
+    file = tmp_path / "diagnostics.jsonl"
+    file.write_text("".join(json.dumps({"step": step, "summary": {}}) + "\n" for step in (2, 4, 6)) + '{"step": 4')
+    Progress(tmp_path, 9, 1, False).restore(4, {})
+    assert len(file.read_text().splitlines()) == 4  # another process's to write
+    Progress(tmp_path, 9, 1, True).restore(4, {})
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [2, 4]
+
+
+def test_a_run_that_diverged_replaces_no_checkpoint(tmp_path: Path) -> None:
+    """Its loss may be reported long after: the good checkpoints would be gone by then."""
+    processes = Processes(0, 1, 0, torch.device("cpu"))
+    args = argparse.Namespace(output=str(tmp_path), keep_last=1, save_every=2, seed=0, steps=9)
+    saver = Saver(args, {}, None, None, Progress(tmp_path, 9, 1, True), processes)
+    checkpoint(saver.rotation, 2)
+    with pytest.raises(SystemExit, match="the loss is nan by step 4: lower --lr"):
+        saver.save(Position(4, torch.tensor(float("nan")), since=2))
+    assert names(saver.rotation) == ["step-00000002"]
 
 
 # --- flags --------------------------------------------------------
