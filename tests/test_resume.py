@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+import lowrank_ds
+from launch import resume
 from launch.data import fingerprint_blocks
 from launch.identity import compare, describe_run
 from launch.options import BatchPlan, parse
@@ -196,6 +198,27 @@ def test_diagnostics_of_steps_done_again_are_dropped(tmp_path: Path) -> None:
     assert len(file.read_text().splitlines()) == 4  # another process's to write
     Progress(tmp_path, 9, 1, True).restore(4, {})
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [2, 4]
+
+
+def test_what_one_host_cannot_see_is_not_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host without the shared disk finds every checkpoint damaged: the good ones must not be thrown away for it."""
+    args = argparse.Namespace(output=str(tmp_path), resume="auto", keep_last=1, seed=0, steps=9)
+    path = Rotation(tmp_path / "checkpoints").path(4)
+    lowrank_ds.save_checkpoint(path, torch.nn.Linear(2, 2))
+    processes = Processes(0, 1, 0, torch.device("cpu"))
+
+    def other_rank(path: Path) -> None:
+        raise CheckpointError(f"checking {path} failed on rank 1: it has no manifest.json.")
+
+    monkeypatch.setattr(resume, "verify", other_rank)
+    with pytest.raises(
+        SystemExit, match="failed on rank 1.* The first process sees no damage .* all hosts have mounted"
+    ):
+        resume.restore(args, None, None, Progress(tmp_path, 9, 1, True), processes)
+    assert path.is_dir()
+    (path / "rank-00000.safetensors").write_bytes(b"torn")
+    resume.restore(args, None, None, Progress(tmp_path, 9, 1, True), processes)
+    assert not path.exists() and path.with_name("step-00000004.torn").is_dir()
 
 
 def test_a_run_that_diverged_replaces_no_checkpoint(tmp_path: Path) -> None:
