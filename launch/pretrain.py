@@ -35,9 +35,9 @@ from launch.model import build_model, save_model
 from launch.optimizers import torch_optimizer, warmup_cosine
 from launch.options import BatchPlan, load_ds_config, optimizer_overrides, parse
 from launch.processes import Processes, find_processes, limit_waits, timeout_of
-from launch.progress import Progress
+from launch.progress import DIAGNOSTICS, Progress
 from launch.resume import check_run, restore
-from launch.saving import PREEMPTED, PREEMPTED_FILE, Position, Preemption, Saver
+from launch.saving import PREEMPTED, PREEMPTED_FILE, Position, Preemption, Saver, check_loss
 from launch.streaming import StreamBatches, held_out_blocks, open_stream
 from launch.tokenizer import load_tokenizer
 from lowrank_ds import failures
@@ -153,15 +153,12 @@ def train(args, trainer, batches, evaluate, progress: Progress, processes: Proce
         if at.step == first + 1:  # some groups are made in the first step
             limit_waits(args.timeout)
         if monitor is not None and (at.step % args.diagnostics_every == 0 or at.step == args.steps):
-            monitor.jsonl(Path(args.output) / "diagnostics.jsonl", at.step)
+            monitor.jsonl(Path(args.output) / DIAGNOSTICS, at.step)
         if at.step % args.log_every == 0 or at.step == args.steps:
             trainer.watch.settle()
             mean = processes.mean(at.loss / at.since)
             progress.training(at.step, mean, lr)
-            if not np.isfinite(mean):
-                raise SystemExit(
-                    f"the loss is {mean} by step {at.step}: lower --lr, or warm up longer (--warmup-steps)"
-                )
+            check_loss(mean, at.step)
             at.loss, at.since = torch.zeros_like(at.loss), 0
         if at.step == args.steps or (args.eval_every and at.step % args.eval_every == 0):
             trainer.watch.settle()

@@ -12,6 +12,8 @@ import torch
 
 from lowrank_ds.checkpoint.rotation import replace_text
 
+DIAGNOSTICS = "diagnostics.jsonl"  # in OUTPUT, of --diagnostics-every
+
 
 class StopWatch:
     """Times of whole steps and of the optimizer inside them, without stopping a GPU to take them."""
@@ -98,10 +100,11 @@ class Progress:
         """Go on after `step`: records of later steps are dropped, as those steps are done again."""
         self.last_step, self.last_time = step, time.perf_counter()
         self.training_seconds = state.get("training_seconds", 0.0)
-        if self.file and self.file.exists():
-            lines = self.file.read_text().splitlines()
-            kept = [line for line in lines if (found := _step_of(line)) is not None and found <= step]
-            replace_text(self.file, "".join(line + "\n" for line in kept))
+        for file in (self.file, self.file.with_name(DIAGNOSTICS)) if self.file else ():
+            if file.exists():
+                lines = file.read_text().splitlines()
+                kept = [line for line in lines if (found := _step_of(line)) is not None and found <= step]
+                replace_text(file, "".join(line + "\n" for line in kept))
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:

@@ -80,7 +80,7 @@ def restore(args, trainer: Trainer, batches, progress: Progress, processes: Proc
     Damaged ones are told, and under `auto` set aside. Every process must call it.
 
     Raises:
-        SystemExit: --resume PATH is damaged.
+        SystemExit: --resume PATH is damaged, or a checkpoint is to some processes only.
         CheckpointError: the checkpoint does not fit the model or the optimizer.
     """
     seed_all(args.seed, 0, processes.rank)
@@ -114,12 +114,29 @@ def _complete(args, path: Path, rotation: Rotation, processes: Processes) -> boo
     except CheckpointError as error:
         if args.resume != "auto":
             raise SystemExit(f"--resume {path}: {error}") from None
+        if not processes.same(processes.is_main and _is_damaged(path)):
+            raise SystemExit(
+                f"--resume auto: {error} The first process sees no damage in {path}: is OUTPUT on a file system that "
+                "all hosts have mounted? Nothing was changed"
+            ) from None
         if processes.is_main:
             print(f"WARNING: {error} It is set aside as {rotation.set_aside(path)}.", flush=True)
         processes.barrier()
         return False
     _say(processes, f"{path}: complete (checked in {time.perf_counter() - start:.1f} s)")
     return True
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether this process, too, finds a file missing or other than it was saved: not if it just cannot be read."""
+    try:
+        for name, about in Manifest.read(path).files.items():
+            check_file(path, name, *about)
+    except CheckpointError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def verify(path: Path) -> None:

@@ -60,12 +60,14 @@ class Saver:
 
         Raises:
             CheckpointError: what more space would not mend.
+            SystemExit: the loss is not finite; such weights must not take the place of good ones.
         """
         if self.saved == position.step:
             return True
         with self.progress.aside():
             path = self.rotation.path(position.step)
             mean = self.processes.mean(position.loss.clone())
+            check_loss(mean, position.step)
             self.progress.sync()
             try:
                 self.rotation.root.mkdir(parents=True, exist_ok=True)  # if it fails, it does on every process
@@ -120,6 +122,12 @@ class Saver:
         """What each process has for itself."""
         place = np.frombuffer(json.dumps(self.batches.state()).encode(), dtype=np.uint8)
         return {**random_state(), "loss": position.loss.cpu(), "data": torch.from_numpy(place.copy())}
+
+
+def check_loss(loss: float, step: int) -> None:
+    """End a run that has diverged. loss: of all processes, the same on each."""
+    if not math.isfinite(loss):
+        raise SystemExit(f"the loss is {loss} by step {step}: lower --lr, or warm up longer (--warmup-steps)")
 
 
 def _is_disk(error: BaseException | None) -> bool:

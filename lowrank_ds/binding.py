@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,13 +73,15 @@ class BoundGroups(NamedGroups):
         """Load as torch.optim does, but keep the dtype of every state tensor (torch would cast to the parameter's).
 
         Raises:
-            ValueError: the state was saved by another algorithm, or with options that change its shape or meaning.
-                Nothing has changed then.
+            ValueError: the state was saved by another algorithm, with options that change its shape or meaning, or for
+                the same parameters in another order. Nothing has changed then.
         """
         groups = [
             self._loaded_group(i, ours, theirs)
             for i, (ours, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False))
         ]
+        for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            self._check_order(ours["param_names"], theirs.get("param_names", ours["param_names"]))
         rest = state_dict["param_groups"][len(groups) :]
         self._check_state(groups, state_dict)
         super().load_state_dict({**state_dict, "param_groups": [*groups, *rest], "state": {}})
@@ -91,6 +93,15 @@ class BoundGroups(NamedGroups):
                 self.state[p][name] = torch.as_tensor(value).detach().clone().to("cpu" if counter else p.device)
         self._slots.clear()
         self._bound.clear()
+
+    def _check_order(self, ours: Sequence[str], theirs: Sequence[str]) -> None:
+        """State dicts know places only: with equal shapes, each state would go to another parameter."""
+        if list(ours) != list(theirs) and sorted(ours) == sorted(theirs):
+            one, other = next((a, b) for a, b in zip(ours, theirs, strict=True) if a != b)
+            raise ValueError(
+                f"{type(self).__name__}: the state was saved with {other} in the place of {one}. Give the optimizer "
+                "its parameters in the same order, or use lowrank_ds.save_checkpoint, which goes by name."
+            )
 
     def _check_state(self, groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> None:
         """Raise ValueError, naming the parameter, if loaded state does not fit the tensors as they lie now."""

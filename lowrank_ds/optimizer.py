@@ -76,6 +76,8 @@ class LowRankOptimizer(BoundGroups):
         """As the base; a step that failed midway is made good."""
         super().load_state_dict(state_dict)
         self._broken = None
+        if self._in_backward is not None:
+            self._in_backward.forget()  # gradients that arrived before
 
     # -- the step -----------------------------------------------------------------------------------------------
     @torch.no_grad()

@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ from lowrank_ds import cli
 from lowrank_ds.checkpoint.agree import CheckpointError
 from lowrank_ds.checkpoint.deepspeed_files import open_checkpoint
 from lowrank_ds.checkpoint.runs import Run
+from lowrank_ds.engines import deepspeed_checkpoint
 from tests import training
-from tests.cluster import batches, launch, tiny_llama
+from tests.cluster import batches, launch, quiet_deepspeed, tiny_llama
 
 BF16 = {"bf16": {"enabled": True}}
 OFFLOAD = {"zero": {"offload_optimizer": {"device": "cpu"}}}
@@ -77,7 +79,68 @@ def save_and_resume(rank: int, world: int, folder: str) -> dict[str, tuple[bool,
         engine.destroy()
         alike = straight.keys() == resumed.keys()
         same[name] = alike and all(torch.equal(straight[n], resumed[n]) for n in straight), len(straight)
+    model, optimizer = partly_frozen()
+    engine = quiet_deepspeed().initialize(model=model, optimizer=optimizer, config=training.ds_config(None, 3, world))
+    training.train_engine(engine[0], rank, world, 1)
+    engine[0].save_checkpoint(f"{folder}/{FROZEN}")
     return same
+
+
+FROZEN = "partly frozen"
+
+
+def partly_frozen(seed: int = 0) -> tuple[Any, torch.optim.Optimizer]:
+    """A model with frozen parameters, and an optimizer that was given all of them."""
+    model = tiny_llama(seed)
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    model.model.norm.weight.requires_grad_(False)
+    return model, lowrank_ds.GaLoreAdamW(model.named_parameters(), rank=8)
+
+
+def test_frozen_parameters_in_the_groups(folder: str) -> None:
+    """DeepSpeed leaves them out of its partitions, param_names has them."""
+    model, optimizer = partly_frozen(seed=1)
+    lowrank_ds.load_checkpoint(f"{folder}/{FROZEN}", model, optimizer)
+    straight, other = partly_frozen()
+    (batch,) = batches(1)
+    straight(input_ids=batch, labels=batch).loss.backward()
+    other.step()
+    assert training.largest_difference(training.weights_of(model), training.weights_of(straight)) <= 2e-6
+
+
+def engine_of(scaler: Any, schedule: str = "LambdaLR") -> Any:
+    """What `counters` looks at of an engine (fp16 needs a GPU)."""
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    arguments = {"LambdaLR": [lambda step: 1.0], "CosineAnnealingLR": [9]}[schedule]
+    return SimpleNamespace(
+        global_steps=4, global_samples=8, skipped_steps=1, micro_steps=4, gradient_accumulation_steps=lambda: 1,
+        optimizer=SimpleNamespace(loss_scaler=scaler),
+        lr_scheduler=getattr(torch.optim.lr_scheduler, schedule)(optimizer, *arguments),
+    )  # fmt: skip
+
+
+def test_a_loss_scale_is_for_fp16_only(caplog: pytest.LogCaptureFixture) -> None:
+    """A scale of 1 would drown small fp16 gradients, and nothing but fp16 has use for another."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+
+    fp16, fp32 = engine_of(DynamicLossScaler(2.0**8, 2.0, 100, 1, 1, False, False)), engine_of(LossScaler(1.0))
+    for one, other in ((fp16, fp32), (fp32, fp16)):
+        caplog.clear()
+        deepspeed_checkpoint.set_counters(one, deepspeed_checkpoint.counters(other))
+        assert "has a dynamic loss scale (fp16); it is left as it is" in caplog.text
+    assert fp16.optimizer.loss_scaler.cur_scale == 2.0**8 and fp32.optimizer.loss_scaler.cur_scale == 1.0
+    again = engine_of(DynamicLossScaler(2.0**16, 2.0, 100, 1, 1, False, False))
+    deepspeed_checkpoint.set_counters(again, deepspeed_checkpoint.counters(fp16))
+    assert again.optimizer.loss_scaler.cur_scale == 2.0**8
+
+
+def test_another_schedule_is_refused_in_time() -> None:
+    """Its load_state_dict would raise KeyError, or not even that, when all weights are loaded already."""
+    ours, theirs = engine_of(None), deepspeed_checkpoint.counters(engine_of(None, "CosineAnnealingLR"))
+    with pytest.raises(RuntimeError, match="schedule was another one than LambdaLR: only one of them knows T_max"):
+        deepspeed_checkpoint.check_counters(ours, theirs)
+    deepspeed_checkpoint.check_counters(ours, deepspeed_checkpoint.counters(ours) | {"lr_scheduler": None})
+    deepspeed_checkpoint.check_counters(ours, deepspeed_checkpoint.counters(ours))
 
 
 @pytest.fixture(scope="module")

@@ -194,7 +194,15 @@ def trained_state(cls: type, **options: object) -> dict:
     return optimizer.state_dict()
 
 
+def reordered() -> dict:
+    """State of the same parameters in another order."""
+    state = trained_state(GaLoreAdamW)
+    state["param_groups"][1]["param_names"].reverse()
+    return state
+
+
 LOADED = [
+    (reordered, r"the state was saved with 2\.bias in the place of 0\.weight"),
     (
         lambda: trained_state(GaLoreAdamW, rank=3),
         r"saved param group 0: rank is 3, but this optimizer was built with 2",

@@ -211,6 +211,46 @@ def test_what_is_not_ours_is_not_replaced(tmp_path: Path) -> None:
         lowrank_ds.save_checkpoint(tmp_path / "c", model, torch.optim.AdamW(model.parameters()))
 
 
+def test_a_failed_rename_brings_the_old_checkpoint_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replacing takes two renames: should the second fail, the first is undone."""
+    model, optimizer = small()
+    lowrank_ds.save_checkpoint(tmp_path / "a", model, optimizer, extra="old")
+    rename = os.rename
+
+    def failing(source: Path, target: Path) -> None:
+        if ".partial-" in source.name:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="Input/output error"):
+        patch.setattr(save.os, "rename", failing)
+        lowrank_ds.save_checkpoint(tmp_path / "a", model, optimizer, extra="new")
+    assert os.listdir(tmp_path) == ["a"] and lowrank_ds.load_checkpoint(tmp_path / "a", model, optimizer)[0] == "old"
+
+
+def test_what_a_checkpoint_cannot_say_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Weights updated in part; gradients of a backward pass under `layerwise`; keys that JSON takes for the same."""
+    model, optimizer = small()
+    with pytest.raises(CheckpointError, match="keys that are the same to JSON"):
+        lowrank_ds.save_checkpoint(tmp_path / "a", model, optimizer, extra={1: "a", "1": "b"})
+    optimizer._broken = RuntimeError("rank 1 has ended")
+    with pytest.raises(CheckpointError, match=r"a step of FiraAdamW failed midway \(rank 1 has ended\)"):
+        lowrank_ds.save_checkpoint(tmp_path / "a", model, optimizer)
+    assert not os.listdir(tmp_path)
+    optimizer._broken = None
+    lowrank_ds.layerwise(model, optimizer)
+    lowrank_ds.save_checkpoint(tmp_path / "a", model, optimizer, extra={"inf": float("inf"), "nan": [float("nan")]})
+    model(torch.randn(4, 5)).sum().backward()
+    with caplog.at_level(logging.WARNING, "lowrank_ds"):
+        lowrank_ds.save_checkpoint(tmp_path / "b", model, optimizer)
+    assert "between a backward pass and step()" in caplog.text
+    extra, _ = lowrank_ds.load_checkpoint(tmp_path / "a", model, optimizer)
+    assert extra["inf"] == float("inf")
+    for _ in range(2):  # what had arrived before loading is forgotten
+        model(torch.randn(4, 5)).sum().backward()
+        optimizer.load_state_dict(optimizer.state_dict())
+
+
 def test_pieces_that_leave_a_gap_are_refused() -> None:
     """Every entry of every tensor is claimed by somebody, or nothing is written."""
     key, run = format.Key("weights", "w"), places.Run.interval

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import lowrank_ds
 from lowrank_ds import cli
@@ -202,6 +203,25 @@ def test_consolidate_reshard_inspect(tmp_path: Path, capsys: pytest.CaptureFixtu
         file.write(b"x")
     assert cli.main(["inspect", f"{source}3"]) == 1 and "DAMAGED" in capsys.readouterr().out
     assert cli.main(["consolidate", f"{source}3", f"{source}0"]) == 1 and not (tmp_path / "a0").exists()
+
+
+def test_groups_may_be_divided_otherwise(tmp_path: Path) -> None:
+    """Options that only mean something to projected matrices are given to their group, or to all."""
+    options = {"projector_dtype": "4bit", "lazy_refresh": True, "lazy_threshold": 0.3, "compress_accumulation": True}
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    named = lambda: list(model.named_parameters())
+    builds = [
+        lambda: lowrank_ds.GaLoreAdamW(named(), rank=8, target_modules=["0.weight"], **options),
+        lambda: lowrank_ds.GaLoreAdamW(lowrank_ds.param_groups(model, 8, ["0.weight"], **options)),
+    ]
+    for i, (saved, loaded) in enumerate((builds, builds[::-1])):
+        one, other = saved(), loaded()
+        model(torch.randn(4, 64)).sum().backward()
+        one.step()
+        lowrank_ds.save_checkpoint(tmp_path / str(i), model, one)
+        lowrank_ds.load_checkpoint(tmp_path / str(i), model, other)
+        for key, value in one.state[model[0].weight].items():
+            assert torch.equal(other.state[model[0].weight][key], value), key
 
 
 def test_records_say_where_state_lies() -> None:

@@ -16,12 +16,16 @@ import numpy as np
 import pytest
 import torch
 
+import lowrank_ds
+from launch import resume
 from launch.data import fingerprint_blocks
 from launch.identity import compare, describe_run
 from launch.options import BatchPlan, parse
+from launch.processes import Processes
 from launch.progress import Progress
 from launch.randomness import random_state, restore_random_state, seed_all
 from launch.resume import candidates, check_run, verify
+from launch.saving import Position, Saver
 from launch.streaming import StreamBatches
 from lowrank_ds.checkpoint import CheckpointError
 from lowrank_ds.checkpoint.rotation import Rotation
@@ -184,6 +188,48 @@ def test_metrics_wait_for_room(tmp_path: Path, capsys: pytest.CaptureFixture, mo
     assert [(line["kind"], line["step"]) for line in lines] == [("train", 1), ("valid", 1), ("train", 2)]
     progress.restore(1, {"training_seconds": 5.0})
     assert len(progress.file.read_text().splitlines()) == 2 and progress.training_seconds == 5.0
+
+
+def test_diagnostics_of_steps_done_again_are_dropped(tmp_path: Path) -> None:
+    """A record of a step after the checkpoint would be there twice; half a line goes, too."""
+    file = tmp_path / "diagnostics.jsonl"
+    file.write_text("".join(json.dumps({"step": step, "summary": {}}) + "\n" for step in (2, 4, 6)) + '{"step": 4')
+    Progress(tmp_path, 9, 1, False).restore(4, {})
+    assert len(file.read_text().splitlines()) == 4  # another process's to write
+    Progress(tmp_path, 9, 1, True).restore(4, {})
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [2, 4]
+
+
+def test_what_one_host_cannot_see_is_not_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host without the shared disk finds every checkpoint damaged: the good ones must not be thrown away for it."""
+    args = argparse.Namespace(output=str(tmp_path), resume="auto", keep_last=1, seed=0, steps=9)
+    path = Rotation(tmp_path / "checkpoints").path(4)
+    lowrank_ds.save_checkpoint(path, torch.nn.Linear(2, 2))
+    processes = Processes(0, 1, 0, torch.device("cpu"))
+
+    def other_rank(path: Path) -> None:
+        raise CheckpointError(f"checking {path} failed on rank 1: it has no manifest.json.")
+
+    monkeypatch.setattr(resume, "verify", other_rank)
+    with pytest.raises(
+        SystemExit, match="failed on rank 1.* The first process sees no damage .* all hosts have mounted"
+    ):
+        resume.restore(args, None, None, Progress(tmp_path, 9, 1, True), processes)
+    assert path.is_dir()
+    (path / "rank-00000.safetensors").write_bytes(b"torn")
+    resume.restore(args, None, None, Progress(tmp_path, 9, 1, True), processes)
+    assert not path.exists() and path.with_name("step-00000004.torn").is_dir()
+
+
+def test_a_run_that_diverged_replaces_no_checkpoint(tmp_path: Path) -> None:
+    """Its loss may be reported long after: the good checkpoints would be gone by then."""
+    processes = Processes(0, 1, 0, torch.device("cpu"))
+    args = argparse.Namespace(output=str(tmp_path), keep_last=1, save_every=2, seed=0, steps=9)
+    saver = Saver(args, {}, None, None, Progress(tmp_path, 9, 1, True), processes)
+    checkpoint(saver.rotation, 2)
+    with pytest.raises(SystemExit, match="the loss is nan by step 4: lower --lr"):
+        saver.save(Position(4, torch.tensor(float("nan")), since=2))
+    assert names(saver.rotation) == ["step-00000002"]
 
 
 # --- flags --------------------------------------------------------

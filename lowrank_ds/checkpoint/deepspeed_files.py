@@ -122,6 +122,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         self._tensors: dict[tuple[str, str], Tensor] = {}
         self._taken: dict[Key, Taken] = {}
         self._entries: dict[Key, Entry] = {}
+        self._trained: set[str] = set()  # the optimizer may have been given frozen parameters, too
         super().__init__(path, self._manifest())
 
     def check_files(self, verify: bool = True) -> None:
@@ -148,9 +149,12 @@ class DeepSpeedCheckpoint(Checkpoint):
                 )
         base = _state_dict(self._folder, first)
         groups = _plain([{k: v for k, v in group.items() if k != "params"} for group in base["param_groups"]])
+        for group in groups:
+            group["param_names"] = [name for name in group["param_names"] if name in self._trained]
+        projected = sorted(self._trained.intersection(base[KEY]["projected"]))
         said, sizes = base[KEY], {name: ((self._folder / name).stat().st_size, "") for _, name in files}
         return Manifest(
-            said["version"], said["algorithm"], len(files), groups, said["projected"], _client_state(model),
+            said["version"], said["algorithm"], len(files), groups, projected, _client_state(model),
             _counters(model, first), sizes, self._entries,
         )  # fmt: skip
 
@@ -188,6 +192,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         for index, (flat, matrices) in enumerate(zip(partitions, base[KEY]["records"], strict=True)):
             state = base["state"].get(index, {})
             for record in matrices:
+                self._trained.add(record["parameter"])
                 start, run = record["weight"]
                 if run is not None:
                     key = Key("weights", base[KEY]["names"].get(record["parameter"], record["parameter"]))
@@ -258,6 +263,7 @@ def _client_state(model: dict[str, Any]) -> dict[str, Any]:
 def _counters(model: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """As `deepspeed_checkpoint.counters`; micro_steps, which DeepSpeed does not save, as if each step had one."""
     scaler = vars(saved["loss_scaler"]) if "loss_scaler" in saved else {}
+    scaler = scaler if scaler.get("dynamic") else {}  # another one is what the ds_config says
     return {
         "global_steps": model["global_steps"],
         "global_samples": model["global_samples"],
@@ -265,5 +271,5 @@ def _counters(model: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
         "micro_steps": model["global_steps"],
         "gradient_accumulation_steps": 1,
         "lr_scheduler": _plain(model["lr_scheduler"]),
-        "loss_scale": {name: scaler[name] for name in deepspeed_checkpoint.SCALE if name in scaler},
+        "loss_scale": {n: scaler[n] for n in deepspeed_checkpoint.SCALE if n in scaler},
     }

@@ -83,6 +83,8 @@ def _check_all(plan: _Plan, optimizer_state: bool) -> None:
     saved, target = plan.saved, plan.target
     if target.optimizer is not None and optimizer_state:
         plan.groups = checked_groups(saved.manifest, target.optimizer)
+        if target.engine is not None:
+            deepspeed_checkpoint.check_counters(target.engine, saved.manifest.engine)
     loaded = ("weights", "buffers") if plan.groups is None else ("weights", "buffers", "state")
     parts = [part for part in places.parts(target) if part.key.section in loaded]
     plan.parts = [part for part in parts if _check(saved, part)]
@@ -183,6 +185,8 @@ def _finish(plan: _Plan) -> None:
     if target.optimizer is None:
         return
     target.optimizer._broken = None
+    if target.optimizer._in_backward is not None:
+        target.optimizer._in_backward.forget()  # gradients of the weights that were here before
     if plan.groups is None:
         target.optimizer.start_anew()
         return

@@ -63,6 +63,7 @@ def save_checkpoint(
     def survey() -> tuple[list[_Claim], str]:
         targets.append(places.target_of(model, optimizer))
         target = targets[0]
+        _check_whole(target)
         mine.update(enumerate(part for part in _all_parts(target, local) if part.run.size and not part.idle))
         claims = [(part.key, part.shape, format.name_of(part.dtype), part.run) for part in mine.values()]
         return claims, _json(extra)
@@ -104,6 +105,20 @@ def _write(what: str, final: Path, folder: Path, target: Target, own: list, entr
     together(what, finish)
 
 
+def _check_whole(target: Target) -> None:
+    """Raise CheckpointError for weights of which a failed step updated only some; tell what cannot be saved."""
+    optimizer = target.optimizer
+    if optimizer is None:
+        return
+    if optimizer._broken is not None:
+        raise CheckpointError(
+            f"a step of {type(optimizer).__name__} failed midway ({optimizer._broken}): some weights are updated and "
+            "others not. Load the last checkpoint instead of saving this."
+        )
+    if optimizer._in_backward is not None:
+        optimizer._in_backward.before_saving()
+
+
 def _all_parts(target: Target, local: Mapping[str, Tensor] | None) -> list[Part]:
     """What this rank holds, `local` tensors included."""
     parts = places.parts(target)
@@ -120,7 +135,10 @@ def _all_parts(target: Target, local: Mapping[str, Tensor] | None) -> list[Part]
 def _json(extra: Any) -> str:
     """A digest of what must be the same on all ranks."""
     try:
-        return hashlib.sha256(json.dumps(extra).encode()).hexdigest()
+        text = json.dumps(extra)
+        if json.dumps(json.loads(text)) != text:
+            raise CheckpointError("extra has a dict with keys that are the same to JSON, such as 1 and '1'")
+        return hashlib.sha256(text.encode()).hexdigest()
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"extra is not JSON-able ({error}); put tensors into local") from error
 
@@ -230,7 +248,12 @@ def publish(folder: Path, final: Path) -> None:
     if final.exists():
         old = final.with_name(f"{final.name}.old-{secrets.token_hex(4)}")
         os.rename(final, old)
-    os.rename(folder, final)
+    try:
+        os.rename(folder, final)
+    except BaseException:
+        if old is not None:
+            os.rename(old, final)  # what was there stays
+        raise
     format.sync_folder(final.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

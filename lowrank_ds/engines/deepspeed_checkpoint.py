@@ -8,7 +8,7 @@ Private attributes and methods used (DeepSpeed 0.19.8; others outside `deepspeed
     stage 3         `fp32_partitioned_groups_flat`, `sub_group_to_group_id`, `checkpoint_event_prologue`,
                     `checkpoint_event_epilogue`, `_reassign_or_swap_out_partitioned_parameters`
     no ZeRO, bf16   `fp32_groups`, `fp16_groups` of FP16_UnfusedOptimizer
-    fp16            `loss_scaler`
+    fp16            `loss_scaler`; without ZeRO `loss_scale_config`
 """
 
 from __future__ import annotations
@@ -115,8 +115,21 @@ def counters(engine: Any) -> dict[str, Any]:
     return {name: getattr(engine, name) for name in _COUNTERS} | {
         "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
         "lr_scheduler": None if scheduler is None else scheduler.state_dict(),
-        "loss_scale": {name: getattr(scaler, name) for name in SCALE if hasattr(scaler, name)},
+        "loss_scale": {n: getattr(scaler, n) for n in SCALE if hasattr(scaler, n)} if _is_dynamic(scaler) else {},
     }
+
+
+def check_counters(engine: Any, saved: dict[str, Any] | None) -> None:
+    """Raise RuntimeError for the state of another kind of learning-rate schedule, which would fail half-way."""
+    if saved is None or saved["lr_scheduler"] is None or engine.lr_scheduler is None:
+        return
+    ours, theirs = set(engine.lr_scheduler.state_dict()), set(saved["lr_scheduler"])
+    if not (ours <= theirs or theirs <= ours):  # torch's own gain a key now and then
+        raise RuntimeError(
+            f"its learning-rate schedule was another one than {type(engine.lr_scheduler).__name__}: only one of them "
+            f"knows {', '.join(sorted(ours ^ theirs)[:4])}. Build the engine with the scheduler it was saved with, or "
+            "without one."
+        )
 
 
 def set_counters(engine: Any, saved: dict[str, Any] | None) -> None:
@@ -136,10 +149,18 @@ def set_counters(engine: Any, saved: dict[str, Any] | None) -> None:
     elif engine.lr_scheduler is not None:
         engine.lr_scheduler.load_state_dict(saved["lr_scheduler"])
     scaler = _scaler(engine.optimizer)
+    if _is_dynamic(scaler) != bool(saved["loss_scale"]):
+        who = "the engine, not the checkpoint," if _is_dynamic(scaler) else "the checkpoint, but not the engine,"
+        logger.warning("%s has a dynamic loss scale (fp16); it is left as it is.", who)
+        return
     for name, value in saved["loss_scale"].items():
-        if hasattr(scaler, name):
-            setattr(scaler, name, value)
+        setattr(scaler, name, value)
 
 
 def _scaler(zero: Any) -> Any:
-    return getattr(zero, "loss_scaler", None) or zero
+    return getattr(zero, "loss_scaler", None) or getattr(zero, "loss_scale_config", None) or zero
+
+
+def _is_dynamic(scaler: Any) -> bool:
+    """Whether the loss scale changes by itself; others are what the ds_config says (1 without fp16)."""
+    return bool(getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False)))
