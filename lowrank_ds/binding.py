@@ -81,7 +81,8 @@ class BoundGroups(NamedGroups):
             for i, (ours, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False))
         ]
         for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            self._check_order(ours["param_names"], theirs.get("param_names", ours["param_names"]))
+            if all(isinstance(place, int) for place in theirs["params"]):  # (torch.distributed.checkpoint goes by name)
+                self._check_order(ours["param_names"], theirs.get("param_names", ours["param_names"]))
         rest = state_dict["param_groups"][len(groups) :]
         self._check_state(groups, state_dict)
         super().load_state_dict({**state_dict, "param_groups": [*groups, *rest], "state": {}})
