@@ -64,7 +64,7 @@ class Report:
 
 
 class Diagnostics:
-    """Watches one optimizer of this package, from now until `remove()`.
+    """Watches one optimizer of this package, from now until `remove()`. Build it on all ranks.
 
     Args:
         optimizer: ours, or what an engine wrapped around it (DeepSpeed's engine or optimizer, accelerate's).
