@@ -79,9 +79,9 @@ def _key(job: Job) -> tuple:
 
 
 def ask_peaks(job: Job) -> Gather:
-    """Each holder's largest gradient magnitude."""
+    """Each holder's largest gradient magnitude (without a gradient: of the sums, which one rank may have spoiled)."""
     axis = job.layout.even(job.layout.takers)  # one line each
-    mine = linalg.peak(job.weight[:0] if job.grad is None else job.grad)
+    mine = job.state["accumulated_peak"] if job.grad is None else linalg.peak(job.grad)
     return Gather(mine.view(1)[: axis.count], axis)
 
 

@@ -27,11 +27,12 @@ FACTS: dict[str, str] = {
     "weight decay": "give every rank the same param groups.",
     "step number": "they did not load the same checkpoint, or some left a step out; " + _SINCE,
     "number of bases": "they did not load the same checkpoint; " + _SINCE,
+    "number of Diagnostics that watch": "Diagnostics(optimizer) was built on some ranks only; build it on all of them.",
     "number of skipped updates": (
         "a gradient was not finite on some replicas only (a hardware fault, or a hook that runs on one rank); " + _SINCE
     ),
 }
-_ROUNDING = 1e-11  # of sums of equal fp64 numbers over some thousand ranks
+_ROUNDING = 1e-11  # of sums of equal fp64 numbers over some thousand ranks; sums of whole numbers are exact
 
 
 def survey(work: Sequence[tuple[Slot, dict, Tensor | None, Tensor]], facts: Sequence) -> list[tuple]:
@@ -108,9 +109,16 @@ def check(name: str, sums: Sequence[float], own: Sequence[float]) -> None:
     """
     count, facts, squares = sums[2], sums[3 : 3 + len(FACTS)], sums[3 + len(FACTS) :]
     for (fact, why), total, square, mine in zip(FACTS.items(), facts, squares, own, strict=True):
-        if count * square - total * total > _ROUNDING * total * total:
+        if _differ(count, total, square):
             raise RankError(
                 f"{name}: the {count:.0f} ranks that share it have a different {fact}: {mine:g} here, on average "
                 f"{total / count:g}. Nothing was updated. Most likely {why} End all ranks, mend that, and start again "
                 "from the last checkpoint."
             )
+
+
+def _differ(count: float, total: float, square: float) -> bool:
+    """Whether `count` numbers with this sum and sum of squares are not all the same."""
+    if not total.is_integer() or not square.is_integer() or square > 2**53:
+        return count * square - total * total > _ROUNDING * total * total
+    return int(count) * int(square) != int(total) ** 2  # one of many steps more on one of many ranks is seen

@@ -49,7 +49,8 @@ class Report:
 
     matrices: {name: numbers}, None where there is none in this interval or for this algorithm:
         captured_energy: sum |R|^2 / sum |G|^2, how much of the gradient the subspace holds, in [0, 1].
-        overlap: mean |B_old^T B_new|_F^2 / r over the interval's refreshes, in [0, 1].
+        overlap: mean |B_old^T B_new|_F^2 / r over the interval's refreshes, in [0, 1]. (With a 4-bit projector,
+            which is not quite orthonormal, both may exceed 1 by some percent.)
         update_rms: root mean square of the change of an entry in a step, learning rate in, weight decay left out.
         limiter_hits: steps in which Fira's or APOLLO's limiter cut. steps: that there were.
         skipped_updates, skipped_refreshes: because a gradient was not finite (a refresh: or all zero).
@@ -63,7 +64,7 @@ class Report:
 
 
 class Diagnostics:
-    """Watches one optimizer of this package, from now until `remove()`.
+    """Watches one optimizer of this package, from now until `remove()`. Build it on all ranks.
 
     Args:
         optimizer: ours, or what an engine wrapped around it (DeepSpeed's engine or optimizer, accelerate's).

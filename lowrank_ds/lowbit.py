@@ -137,6 +137,7 @@ def closed(job: Job, state: Opened) -> Steps:
         if isinstance(stored.code, Moment) and not stored.entries:
             _close_lines(job, state, name, stored)
     if state.entries is not None:
+        state.entries.job = job  # which knows by now whether the gradient was usable
         yield from _close_entries(job, state.entries, state)
 
 

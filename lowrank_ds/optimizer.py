@@ -100,6 +100,7 @@ class LowRankOptimizer(BoundGroups):
             self._warn_once("accumulate", _IDLE)  # unless accumulate() was called before
         held = [p for group in self.param_groups for p in group["params"] if p.numel()]
         missing = bool(held) and not any(engines.has_grad(p) or self._sums(p) for p in held)
+        self._loads.clear()  # of a step that raised on this rank alone: owners are dealt alike on all
         done = self._update(self._places())
         if missing:
             what = "every gradient counted as zero" if done else "nothing was updated"
@@ -160,6 +161,12 @@ class LowRankOptimizer(BoundGroups):
             raise error
         self._errors.append(error)
         return torch.full_like(weight, math.nan)
+
+    def _spoiled_sums(self, error: Exception, slots: list[Slot]) -> None:
+        """The same where all micro-batches were summed already: a gradient now would ask for exchanges of its own."""
+        self._errors.append(error)
+        for slot in slots:
+            slot.state["accumulated_peak"].fill_(math.nan)
 
     def _run(self, jobs: list[tuple[Slot, Job]]) -> None:
         for device in _devices(job.weight for _, job in jobs):
@@ -275,7 +282,7 @@ class LowRankOptimizer(BoundGroups):
             return []
         weight = engines.local(host).detach()
         if unknown is not None:
-            grad = self._spoiled(unknown, weight)
+            grad = self._spoiled_sums(unknown, slots) if grad is None else self._spoiled(unknown, weight)
         elif grad is not None and grad.is_sparse:
             what = f"{slots[0].name} has a sparse gradient; use nn.Embedding(sparse=False)."
             grad = self._spoiled(RuntimeError(what), weight)
@@ -379,7 +386,8 @@ class LowRankOptimizer(BoundGroups):
 
     def _facts(self, slot: Slot, group: dict[str, Any]) -> list[float]:
         """What must be the same on all ranks that share a matrix, in the order of `agreement.FACTS`."""
-        return [self._rate(group, slot.step + 1), float(group["weight_decay"]), slot.step, slot.refreshes]
+        watched = float(self._observer is not None)
+        return [self._rate(group, slot.step + 1), float(group["weight_decay"]), slot.step, slot.refreshes, watched]
 
     def _report_skipped(self, slot: Slot) -> None:
         self._warn_once(

@@ -247,6 +247,23 @@ def test_a_broken_gradient_leaves_codes_alone(rank: int | None) -> None:
             assert all(torch.equal(old[name], new[name]) for name in old if name != "skipped")
 
 
+@pytest.mark.parametrize("cls", [lowrank_ds.GaLoreAdafactor, lowrank_ds.Flora])
+def test_a_broken_gradient_leaves_adafactors_codes_alone(cls: type) -> None:
+    """A momentum of whole entries, whatever its codes: rounding it anew would move them, and scales with them."""
+    eight = {"quantization": True} if cls is lowrank_ds.Flora else {"moments": "8bit", "beta1": 0.9}
+    weight = torch.nn.Parameter(torch.randn(20, 30, generator=torch.Generator().manual_seed(3)))
+    optimizer = cls([("w", weight)], lr=1e-2, rank=None, min_8bit_size=0, **eight)
+    weight.grad = torch.ones(20, 30)
+    optimizer.step()
+    state = optimizer.state[weight]
+    state["exp_avg"].copy_(torch.arange(600).view(20, 30) % 100 + 1)  # no block has the largest code
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    weight.grad.fill_(math.nan)
+    optimizer.step()
+    assert state["skipped"] == 1 and state["exp_avg"].dtype == torch.uint8
+    assert all(torch.equal(state[name], old) for name, old in before.items() if name not in ("skipped", "step"))
+
+
 # -- against the textbook ---------------------------------------------------------------------------------------------
 def test_one_step_from_stored_codes() -> None:
     """A step starts from the values of the codes, moves them in full precision and rounds once: float64 agrees."""

@@ -98,10 +98,58 @@ def alone(rank: int, world: int) -> dict[str, Any]:
     """The cases of one rank's own error, one after another."""
     found = {engine: one_rank_without_rate(rank, world, engine, 1) for engine in ("fsdp2", "fsdp2 layerwise")}
     found["refresh"] = one_rank_without_rate(rank, world, "fsdp2", 3)
+    found["parted"] = {case: one_group_without_rate(rank, world, **how) for case, how in PARTED.items()}
+    found["watched"] = watched_by_one(rank, world)
     found["facts"] = disagreeing(rank, world)
     found["zero a"] = {engine: zero_lora_a(rank, world, engine) for engine in ("fsdp2", "zero2")}
     found["broken"] = broken_midway(rank, world)
     return found
+
+
+# Three matrices are projected, so that exact SVDs are not dealt evenly.
+PARTED: dict[str, dict[str, Any]] = {
+    "at a refresh": {"spoiled": 1, "update_proj_gap": 1},
+    "sums": {"spoiled": 0, "update_proj_gap": 4, "proj_type": "left", "compress_accumulation": True},
+}
+
+
+def one_group_without_rate(rank: int, world: int, spoiled: int, **settings: Any) -> tuple[list[str], dict, set[str]]:
+    """(errors by step, weights, names of skipped) when the last rank has no learning rate for one group in step 1."""
+    model = training.fully_sharded("fsdp2", world)
+    parts: list[dict[str, torch.nn.Parameter]] = [{}, {}]
+    for name, p in model.named_parameters():
+        parts["layers.0.mlp" not in name][name] = p
+    groups = [
+        {"params": [*part.values()], "param_names": [*part], "rank": r}
+        for part, r in zip(parts, (8, None), strict=True)
+    ]
+    optimizer, errors = lowrank_ds.GaLoreAdamW(groups, lr=1e-3, **settings), []
+    for number, batch in enumerate(batches(4)):
+        mine = share(batch, rank, world)
+        model(input_ids=mine, labels=mine).loss.backward()
+        if "compress_accumulation" in settings:
+            optimizer.accumulate()
+        optimizer.param_groups[spoiled]["lr"] = math.nan if (rank, number) == (LAST, 1) else 1e-3
+        try:
+            optimizer.step()
+            errors.append("")
+        except ValueError as error:
+            errors.append(str(error))
+        optimizer.param_groups[spoiled]["lr"] = 1e-3
+        optimizer.zero_grad()
+    return errors, training.weights_of(model), set(optimizer.skipped())
+
+
+def watched_by_one(rank: int, world: int) -> str:
+    """The error when only the first rank builds Diagnostics, which exchange bases at a refresh."""
+    _, optimizer, step = trainer("fsdp2", world)
+    if rank == 0:
+        lowrank_ds.Diagnostics(optimizer)
+    try:
+        step(share(batches(1)[0], rank, world))
+    except lowrank_ds.RankError as error:
+        return str(error)
+    return ""
 
 
 def disagreeing(rank: int, world: int) -> dict[str, str]:
@@ -200,6 +248,22 @@ def test_one_ranks_own_error(lonely: list[dict[str, Any]], case: str) -> None:
     assert skipped[0] and set(skipped[0].values()) == {1}
 
 
+@pytest.mark.parametrize("case", PARTED)
+def test_one_ranks_own_error_in_one_group(lonely: list[dict[str, Any]], case: str) -> None:
+    """Ranks go on together: SVDs are dealt alike afterwards, and summed micro-batches are skipped by all."""
+    errors, weights, skipped = zip(*(found["parted"][case] for found in lonely), strict=True)
+    assert not any(errors[0]) and [bool(e) for e in errors[LAST]] == [False, True, False, False], errors
+    assert training.largest_difference(*weights) == 0
+    assert skipped[0] == skipped[1] and any("layers.0.mlp" in n for n in skipped[0]) is (case == "sums")
+
+
+def test_diagnostics_on_one_rank_are_told(lonely: list[dict[str, Any]]) -> None:
+    """They would wait for exchanges that the others know nothing of."""
+    for found in lonely:
+        assert "different number of Diagnostics that watch" in found["watched"]
+        assert "build it on all of them" in found["watched"]
+
+
 def test_the_rest_of_the_run_is_as_if_the_step_had_not_been(lonely: list[dict[str, Any]]) -> None:
     """With the rank's error at step 1 the weights are those of one process whose gradient was NaN then."""
     torch.set_num_threads(1)
@@ -293,13 +357,18 @@ def test_messages() -> None:
 def test_check() -> None:
     """Rounding is no disagreement; one rank of a thousand is."""
 
-    def sums(values: list[float]) -> list[float]:
-        facts = [torch.tensor([v, 0.0, 7.0, 2.0], dtype=torch.float64) for v in values]
+    def sums(values: list[float], last: float = 2e5) -> list[float]:
+        steps = [2e5] * (len(values) - 1) + [last]
+        facts = [
+            torch.tensor([v, 0.0, step, 2.0, 0.0], dtype=torch.float64) for v, step in zip(values, steps, strict=True)
+        ]
         zero = torch.zeros(())
         parts = [agreement.contribution(torch.zeros(2), f, zero, True) for f in facts]
         parts.append(agreement.contribution(torch.zeros(2), facts[0] * 3, zero, False))  # holds nothing: not asked
         return torch.stack(parts).sum(0).tolist()
 
-    agreement.check("w", sums([0.1 / 3] * 1000), [0.1 / 3, 0, 7, 2, 0])
+    agreement.check("w", sums([0.1 / 3] * 1000), [0.1 / 3, 0, 2e5, 2, 0, 0])
     with pytest.raises(lowrank_ds.RankError, match="w: the 1000 ranks that share it have a different learning rate"):
-        agreement.check("w", sums([0.1 / 3] * 999 + [0.1 / 3 * 1.001]), [0.1 / 3, 0, 7, 2, 0])
+        agreement.check("w", sums([0.1 / 3] * 999 + [0.1 / 3 * 1.001]), [0.1 / 3, 0, 2e5, 2, 0, 0])
+    with pytest.raises(lowrank_ds.RankError, match="different step number"):
+        agreement.check("w", sums([0.1 / 3] * 1000, 2e5 + 1), [0.1 / 3, 0, 2e5, 2, 0, 0])
