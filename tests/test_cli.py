@@ -108,10 +108,11 @@ def test_importing_needs_only_torch() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
-def test_documented_python_runs() -> None:
+def test_documented_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python blocks of README.md and docs/extend.md run (DeepSpeed's are covered by test_deepspeed.py)."""
     import torch
 
+    monkeypatch.chdir(tmp_path)  # the README saves a checkpoint
     model = torch.nn.ModuleDict({"attn": torch.nn.Linear(256, 192), "mlp": torch.nn.Linear(192, 256)})
     ran = 0
     for name in ("README.md", "docs/extend.md"):

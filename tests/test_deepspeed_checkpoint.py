@@ -317,4 +317,5 @@ def test_files_hold_no_code(folder: str) -> None:
     found = set()
     for file in Path(folder).glob("*/*/*.pt"):
         found |= set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    found.discard("builtins.getattr")  # of an enum's member: Python 3.11.0 to 3.11.3 write them so
     assert found and all(name.startswith("deepspeed.") for name in found), found

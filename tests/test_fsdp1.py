@@ -622,9 +622,7 @@ def misuse(rank: int, world: int) -> tuple[dict[str, str], bool]:
     return found, others_are_left_alone(rank, world)
 
 
-GATHERED = (
-    "expect state of the parameter's shape, which low-rank state is not. Save optimizer.state_dict() on every rank"
-)
+GATHERED = "expect state of the parameter's shape, which low-rank state is not. Use lowrank_ds.save_checkpoint"
 MESSAGES = {
     "unrecorded": "model.embed_tokens.weight is sharded by FSDP1, and its shape and place are only known to the model. "
     "Pass lowrank_ds.param_groups(model, rank=...)",

@@ -56,7 +56,14 @@ class _Inert:
         self.arguments = arguments
 
 
-_CLASSES = [
+def _member(owner: Any, name: str) -> _Inert:
+    """In place of `getattr`, which is how Python 3.11.0 to 3.11.3 pickle ZeroStageEnum's members; of nothing else."""
+    if owner is not _Inert or not isinstance(name, str):
+        raise pickle.UnpicklingError(f"getattr of {owner!r}")
+    return _Inert(name)
+
+
+_CLASSES = [(_member, "builtins.getattr")] + [
     (_Inert, f"deepspeed.{name}")
     for name in (
         "runtime.fp16.loss_scaler.LossScaler", "runtime.fp16.loss_scaler.DynamicLossScaler",
