@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,6 @@ from lowrank_ds.int8_tensor import Int8Weight
 from lowrank_ds.layout import Block, Layout
 from lowrank_ds.recipe import Recipe
 
-_CHUNK = 1 << 16  # entries of G scaled at a time on CPU: a temporary that stays in cache, never a second G
 _PIECE, _PIECE_CPU = 1 << 24, 1 << 18  # entries of an element-wise update at a time: a few kernels of 64 MiB, of 1 MiB
 
 
@@ -74,7 +72,9 @@ class Job:
 
 
 def where_live(live: Tensor, x: Tensor) -> Tensor:
-    """x, or zeros of its shape when the gradient was not finite (live == 0)."""
+    """x itself or a copy of it; zeros of its shape when the gradient was not finite (live == 0)."""
+    if type(live) is Tensor and live.device.type == "cpu":  # nothing waits for the host (which cannot see fake ones)
+        return x if live else torch.zeros_like(x)
     return torch.where(live > 0, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
@@ -88,8 +88,16 @@ _EXACT = (torch.float32, torch.float64)  # dtypes updated in place; narrower one
 
 def pieces(job: Job) -> Iterator[Block]:
     """The blocks of this rank's entries, cut so that fp32 temporaries stay far smaller than a large parameter."""
-    size = _PIECE_CPU if job.weight.device.type == "cpu" else _PIECE
-    return itertools.chain.from_iterable(block.split(size) for block in job.layout.blocks)
+    return job.layout.pieces(_PIECE_CPU if job.weight.device.type == "cpu" else _PIECE)
+
+
+def subtract_elementwise(job: Job, piece: Block, state: dict[str, Tensor], live: Tensor) -> None:
+    """An element-wise rule's whole step on `piece`: its moments there (entries,) and its weights, in place."""
+    rule, weight, grad = job.recipe.rule, _loaded(job, piece), job.grad[piece.entries].float()
+    if job.weight_decay:
+        weight.mul_(_keep(job, None))
+    rule.subtract(weight.view(-1), grad, state, live, job.lr * rule.correction(job.step))
+    _round_back(job, weight, piece)
 
 
 def write_entries(job: Job, update: Tensor, step_size: float, scale: Tensor | None) -> None:
@@ -113,7 +121,7 @@ def write_piece(job: Job, piece: Block, update: Tensor, step_size: float, scale:
 
 def write(job: Job, side, basis, source: Tensor, factor, direction, step_size: float, scale, live: Tensor) -> None:
     """W <- (1 - lr scale wd) W - step_size * (factor o source + direction B^T), block by block, in place."""
-    for block in job.layout.blocks if _in_place(job) else pieces(job):
+    for block in job.layout.blocks if _in_place(job) else job.layout.fp32_pieces(job.weight):
         weight = _loaded(job, block)
         lines, left, right = side.terms(block, basis, factor, direction)
         keep = _keep(job, scale) if job.weight_decay else 1.0
@@ -129,12 +137,8 @@ def write(job: Job, side, basis, source: Tensor, factor, direction, step_size: f
 
 def _subtract_scaled(weight: Tensor, source: Tensor, lines: Tensor, step_size: float, live: Tensor) -> None:
     """weight -= step_size * lines o source; lines (rows, 1) or (columns,). Nothing when not live."""
-    step = max(1, _CHUNK // max(1, source.shape[1])) if source.device.type == "cpu" else max(1, source.shape[0])
-    per_row = lines.dim() == 2
-    for first in range(0, source.shape[0], step):
-        part = slice(first, first + step)
-        scaled = source[part] * (lines[part] if per_row else lines)
-        weight[part].sub_(where_live(live, scaled), alpha=step_size)
+    source, lines = where_live(live, source).to(weight.dtype), lines.to(weight.dtype)
+    weight.addcmul_(source, lines, value=-step_size)
 
 
 def weight_square_sum(job: Job) -> Tensor:

@@ -20,7 +20,7 @@ Legend: m rows, n columns, l rows this rank touches, w columns it touches, k hol
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -30,6 +30,8 @@ from torch import Tensor
 
 from lowrank_ds.axis import Axis, Span
 from lowrank_ds.requests import Exchange, Steps
+
+_COPY, _COPY_CPU = 1 << 24, 1 << 20  # entries of an fp32 copy: 64 MiB, 4 MiB (fewer make the products slow)
 
 
 class Block(NamedTuple):
@@ -133,6 +135,16 @@ class Layout:
     def cols(self) -> int:
         """w, the columns this rank touches."""
         return self.cols_axis.window.stop - self.cols_axis.window.start
+
+    def pieces(self, size: int) -> Iterator[Block]:
+        """The blocks of this rank's entries, cut to at most `size` entries (or one row)."""
+        return itertools.chain.from_iterable(block.split(size) for block in self.blocks)
+
+    def fp32_pieces(self, entries: Tensor) -> Iterable[Block]:
+        """Blocks to take products with, cut so that fp32 copies of bf16 entries stay small; whole if they are fp32."""
+        if entries.dtype == torch.float32:
+            return self.blocks
+        return self.pieces(_COPY_CPU if entries.device.type == "cpu" else _COPY)
 
     @cached_property
     def dense(self) -> bool:

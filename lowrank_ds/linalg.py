@@ -12,24 +12,42 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 16  # entries per block of the blocked reductions: stays in a core's L2 cache
+_WIDTH = 1 << 13  # entries of a row that a norm sums in one go
 _MASK32 = 0xFFFFFFFF
 LARGEST_GRADIENT = 1e15  # beyond it squared norms overflow fp32, and a moment that was once infinite stays NaN
 
 
 def row_square_sums(x: Tensor) -> Tensor:
-    """Sums of squares of the rows of x (m, n), fp32 (m,). Blocked: no full-size temporary."""
-    step = max(1, _CHUNK // max(1, x.shape[1])) if x.device.type == "cpu" else x.shape[0]
-    parts = [part.float().square().sum(1) for part in x.split(max(1, step))] if x.shape[0] else []
-    return torch.cat(parts) if parts else x.new_zeros(0, dtype=torch.float32)
+    """Sums of squares of the rows of x (m, n), fp32 (m,). Blocked: no full-size temporary, no long sum in one go."""
+    if x.shape[1] <= _WIDTH:
+        return _row_norms(x).square_()
+    total = x.new_zeros(x.shape[0], dtype=torch.float32)
+    folded = x.shape[1] // _WIDTH if x.is_contiguous() else 0  # rows far longer than others, a whole parameter, say
+    if folded > 1 and x.shape[0] == 1:
+        total += row_square_sums(x[0, : folded * _WIDTH].view(folded, _WIDTH)).sum()
+        x = x[:, folded * _WIDTH :]
+    for part in x.split(_WIDTH, 1):
+        total += _row_norms(part).square_()
+    return total
+
+
+def _row_norms(x: Tensor) -> Tensor:
+    """Norms of the rows of x (m, n), fp32 (m,)."""
+    if x.dtype == torch.float32 or x.device.type != "cpu":
+        return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+    step = max(1, _CHUNK // max(1, x.shape[1]))  # on CPU it would make an fp32 copy of all
+    return torch.cat([torch.linalg.vector_norm(part.float(), dim=1) for part in x.split(step)])
 
 
 def column_square_sums(x: Tensor) -> Tensor:
     """Sums of squares of the columns of x (m, n), fp32 (n,). Blocked: `torch.norm(dim=0)` is 7-15x slower on CPU."""
-    total = x.new_zeros(x.shape[1], dtype=torch.float32)
-    step = max(1, _CHUNK // max(1, x.shape[1])) if x.device.type == "cpu" else max(1, x.shape[0])
-    for part in x.split(step):
-        total += part.float().square().sum(0)
-    return total
+    if x.device.type != "cpu":
+        return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_()
+    step = min(x.shape[0], max(1, _CHUNK // max(1, x.shape[1])))
+    total = x.new_zeros(step, x.shape[1], dtype=torch.float32)
+    for part in x.split(max(1, step)):
+        total[: len(part)].addcmul_(part.float(), part.float())
+    return total.sum(0)
 
 
 def peak(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lowrank_ds.axis import Axis
@@ -66,3 +67,8 @@ class Lines:
     def sum_over_lines(self, per_line: Tensor) -> Steps:
         """Sum a complete per-line quantity (lines, ...) over all lines, each counted once."""
         return (yield Sum(per_line[self.axis.owned].sum(0)))
+
+    def weighted_sums(self, quantities: tuple[Tensor, ...], weights: Tensor) -> Steps:
+        """Each of k complete per-line quantities (lines,) times `weights` (lines,), summed over all lines: (k,)."""
+        own = self.axis.owned
+        return (yield Sum(torch.stack([x[own] for x in quantities]) @ weights[own]))

@@ -20,7 +20,16 @@ from torch import Tensor
 
 from lowrank_ds import accumulate, linalg, lowbit, observe
 from lowrank_ds.axis import ENTRIES, SCALAR, Stored
-from lowrank_ds.job import Job, pieces, weight_square_sum, where_live, write, write_entries, write_piece
+from lowrank_ds.job import (
+    Job,
+    pieces,
+    subtract_elementwise,
+    weight_square_sum,
+    where_live,
+    write,
+    write_entries,
+    write_piece,
+)
 from lowrank_ds.layout import Block, Layout
 from lowrank_ds.lines import Lines
 from lowrank_ds.projection import Left, Right, TwoSided, choose
@@ -234,14 +243,17 @@ def _live(job: Job, peaks: Tensor) -> Tensor:
 
 
 def _direction(job: Job, x: Tensor, lines: Lines, live: Tensor) -> Steps:
-    """(direction, step-size factor, Adafactor's parameter scale or None) of the rule on complete lines x (lines, r)."""
+    """(direction, step-size factor, Adafactor's parameter scale or None) of the rule on complete lines x (lines, r).
+
+    The direction is the caller's to change.
+    """
     rule, state = job.recipe.rule, job.state
     if not isinstance(rule, Adafactor):
         return rule.update(x, state, live), rule.correction(job.moment_step), None
     raw = yield from rule.precondition(x, state, lines, live, job.moment_step)
     square, scale = yield from together(lines.square_sum(raw), _parameter_scale(job))
     update = rule.clip(raw, square, lines.total * x.shape[1]).mul_(scale)
-    return _momentum(rule, update, state, live), 1.0, scale
+    return (_momentum(rule, update, state, live).clone() if rule.beta1 else update), 1.0, scale
 
 
 def _momentum(rule: Adafactor, update: Tensor, state, live: Tensor) -> Tensor:
@@ -338,12 +350,11 @@ def _plain_adafactor(job: Job) -> Steps:
 
 
 def _elementwise(job: Job, live: Tensor) -> None:
-    """Adam, SGD: piece by piece. An embedding is the largest parameter; no temporary is as large."""
-    rule = job.recipe.rule
-    state = {name: job.state[name].view(-1) for name in _full_shapes(job.layout, rule)}
-    for piece in pieces(job):
-        update = _piece_update(job, piece, {name: tensor[piece.entries] for name, tensor in state.items()}, live)
-        write_piece(job, piece, update, job.lr * rule.correction(job.step), None)
+    """Adam, SGD, in place; what needs fp32 copies piece by piece, as an embedding is the largest parameter."""
+    state = {name: job.state[name].view(-1) for name in _full_shapes(job.layout, job.recipe.rule)}
+    exact = job.weight.dtype == job.grad.dtype == torch.float32
+    for piece in job.layout.blocks if exact else pieces(job):
+        subtract_elementwise(job, piece, {name: tensor[piece.entries] for name, tensor in state.items()}, live)
 
 
 def _coded_elementwise(job: Job, live: Tensor, names: list[str]) -> Steps:

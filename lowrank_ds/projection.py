@@ -136,7 +136,7 @@ class Right(OneSided):
         """Entries (numel,) to coordinates (kept, r) and, if asked, squared norms of the lines (kept,)."""
         coords = source.new_zeros(self.layout.rows, self.rank, dtype=torch.float32)
         norms = coords.new_zeros(self.layout.rows, 1) if squares else None
-        for block in self.layout.blocks:
+        for block in self.layout.fp32_pieces(source):
             g = block.of(source).float()
             torch.mm(g, basis["projector"][block.cols], out=coords[block.rows])
             if squares:
@@ -181,7 +181,7 @@ class Left(OneSided):
         """Entries (numel,) to coordinates (kept, r) and, if asked, squared norms of the lines (kept,)."""
         coords = source.new_zeros(self.layout.cols, self.rank, dtype=torch.float32)
         norms = coords.new_zeros(self.layout.cols, 1) if squares else None
-        for block in self.layout.blocks:
+        for block in self.layout.fp32_pieces(source):
             g = block.of(source).float()
             coords[block.cols].addmm_(g.T, basis["projector"][block.rows])
             if squares:
@@ -236,7 +236,7 @@ class TwoSided:
     def down(self, source: Tensor, basis: Basis, squares: bool) -> Steps:
         """Entries (numel,) to coordinates (kept of r, r); line norms have no meaning here."""
         partial = source.new_zeros(self.rank, self.rank, dtype=torch.float32)
-        for block in self.layout.blocks:
+        for block in self.layout.fp32_pieces(source):
             compressed = block.of(source).float() @ basis["projector"][block.cols]
             partial += compressed.T @ basis["projector_left"][block.rows]
         start, stop = self.lines_axis.touched[self.layout.rank]

@@ -23,7 +23,7 @@ from lowrank_ds.requests import Steps
 
 
 def _norm(lines: Tensor) -> Tensor:
-    return lines.square().sum(1).sqrt()
+    return torch.linalg.vector_norm(lines, dim=1)
 
 
 def limit_growth(norm: Tensor, previous: Tensor, growth: float, live: Tensor) -> Tensor:
@@ -32,9 +32,10 @@ def limit_growth(norm: Tensor, previous: Tensor, growth: float, live: Tensor) ->
     Fira, Algorithm 1. `previous` starts at infinity (the first step is not limited). A zero or non-finite norm is
     not remembered: a remembered zero would hold every later update at zero.
     """
-    factor = 1.0 / torch.clamp_min(norm / (previous + 1e-8) / growth, 1.0)
+    factor = (previous + 1e-8).mul_(growth).div_(norm).clamp_max_(1.0)
     limited = norm * factor
-    previous.copy_(torch.where((limited > 0) & limited.isfinite() & (live > 0), limited, previous))
+    usable = (limited > 0).logical_and_(limited < math.inf).logical_and_(live)
+    previous.copy_(torch.where(usable, limited, previous))
     return factor
 
 
@@ -60,7 +61,7 @@ class Drop:
         inside: Tensor | None = None,
     ) -> Steps:
         """(factor, direction, limit) of the update: no factor, no limiter."""
-        return None, self.scale * direction, None
+        return None, direction.mul_(self.scale), None
         yield
 
 
@@ -102,17 +103,21 @@ class ScaleResidual:
         is orthonormal, then it is |r|^2.
         """
         c = self.alpha if self.form == "code" else 1.0
-        phi = yield from _ratio(coords, direction, lines, self.scaling == "column")
-        own = coords.square().sum(1)
-        residual = squares - ((2 * c - c * c) * own if inside is None else 2 * c * own - c * c * inside)
-        pair = torch.stack([residual.clamp_min(0), squares], 1)
-        totals = yield from lines.sum_over_lines(pair * phi.square().unsqueeze(1))
+        norms = _norm(coords)
+        phi = yield from _ratio(norms, direction, lines, self.scaling == "column")
+        own = norms.square()
+        if inside is None:
+            residual = torch.sub(squares, own, alpha=2 * c - c * c)
+        else:
+            residual = squares - 2 * c * own + c * c * inside
+        totals = yield from lines.weighted_sums((residual.clamp_min_(0), squares), phi.square())
+        total, whole = totals.unbind()
         # A gradient inside the subspace leaves a residual of rounding noise: not a norm to remember.
-        total = torch.where(totals[0] > 1e-6 * totals[1], totals[0], 0.0)
+        total = torch.where(total > 1e-6 * whole, total, 0.0)
         limit = limit_growth(total.sqrt(), state["residual_norm"], self.growth, live)
         phi = phi * limit
         outer = 1.0 if self.form == "code" else self.alpha
-        return outer * phi, self.alpha * direction - outer * c * phi.unsqueeze(1) * coords, limit
+        return outer * phi, direction.mul_(self.alpha).addcmul_(coords, phi.unsqueeze(1), value=-outer * c), limit
 
 
 @dataclass(frozen=True)
@@ -153,19 +158,18 @@ class ScaleGradient:
     ) -> Steps:
         """(factor, None, limit): nothing is added inside the subspace; limit (0-d): the limiter's, None without it."""
         limit = None
-        s = yield from _ratio(coords, direction, lines, self.per_channel)
+        s = yield from _ratio(_norm(coords), direction, lines, self.per_channel)
         if self.growth is not None:
-            total = yield from lines.sum_over_lines(s.square() * squares)
-            norm = total.sqrt() * (math.sqrt(self.scale) if self.scale_front else 1.0)
+            total = yield from lines.weighted_sums((squares,), s.square())
+            norm = total[0].sqrt() * (math.sqrt(self.scale) if self.scale_front else 1.0)
             limit = limit_growth(norm, state["residual_norm"], self.growth, live)
             s = s * limit
         return math.sqrt(self.scale) * s, None, limit
 
 
-def _ratio(coords: Tensor, direction: Tensor, lines: Lines, per_line: bool) -> Steps:
-    """|N_i| / (|R_i| + 1e-8) per line (lines,), or the whole arrays' ratio repeated."""
+def _ratio(norms: Tensor, direction: Tensor, lines: Lines, per_line: bool) -> Steps:
+    """|N_i| / (|R_i| + 1e-8) per line (lines,), or the whole arrays' ratio repeated. norms (lines,): |R_i|."""
     if per_line:
-        return _norm(direction) / (_norm(coords) + 1e-8)
-    totals = torch.stack([direction.square().sum(1), coords.square().sum(1)], 1)
-    square = yield from lines.sum_over_lines(totals)
-    return (square[0].sqrt() / (square[1].sqrt() + 1e-8)).expand(coords.shape[0])
+        return _norm(direction).div_(norms + 1e-8)
+    square = yield from lines.sum_over_lines(torch.stack([_norm(direction), norms], 1).square_())
+    return (square[0].sqrt() / (square[1].sqrt() + 1e-8)).expand(norms.shape)
