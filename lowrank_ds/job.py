@@ -73,9 +73,14 @@ class Job:
 
 def where_live(live: Tensor, x: Tensor) -> Tensor:
     """x itself or a copy of it; zeros of its shape when the gradient was not finite (live == 0)."""
-    if type(live) is Tensor and live.device.type == "cpu":  # nothing waits for the host (which cannot see fake ones)
+    if _host_sees(live):
         return x if live else torch.zeros_like(x)
     return torch.where(live > 0, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def _host_sees(live: Tensor) -> bool:
+    """Whether looking at `live` makes nobody wait: on CPU, unless it is a fake tensor."""
+    return type(live) is Tensor and live.device.type == "cpu"
 
 
 def _keep(job: Job, scale: Tensor | None) -> float | Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lowrank_ds
-from lowrank_ds import ApolloAdamW, FiraAdamW, Flora, GaLoreAdafactor, GaLoreAdamW, param_groups
+from lowrank_ds import ApolloAdamW, FiraAdamW, Flora, GaLoreAdafactor, GaLoreAdamW, job, param_groups
 from tests import training
 from tests.cluster import batches, tiny_llama
 
@@ -49,6 +49,23 @@ def test_zero_first_gradients_change_nothing_at_all(cls: type, options: dict) ->
     plain, _ = run(cls, options, grads, weight_decay=0.1)
     delayed, _ = run(cls, options, [torch.zeros(12, 8), torch.zeros(12, 8), *grads], weight_decay=0.1)
     assert torch.equal(plain, delayed)
+
+
+@EACH
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+@pytest.mark.parametrize("rank", [4, None])
+def test_what_a_gpu_masks_a_cpu_skips(cls: type, options: dict, value: float, rank: int | None, monkeypatch) -> None:
+    """Where looking at the device would wait, results are masked; where it would not, they are skipped: the same."""
+    if rank is None and cls is Flora:
+        options = options | {"beta1": None}
+    grads = [*gradients(4), torch.full((12, 8), value), *gradients(3)]
+    more = {"weight_decay": 0.1, "rank": rank}
+    skipped, one = run(cls, options, grads, **more)
+    monkeypatch.setattr(job, "_host_sees", lambda live: False)
+    masked, other = run(cls, options, grads, **more)
+    assert torch.equal(skipped, masked) and skipped.isfinite().all()
+    for a, b in zip(one.state.values(), other.state.values(), strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @EACH
