@@ -75,7 +75,7 @@ class OneSided:
 
     def spread(self, factor: Tensor | None, direction: Tensor | None) -> Steps:
         """Bring per-line results (kept, ...) to all who write: (touched, ...)."""
-        if self.lines_axis.settled:
+        if self.lines_axis.settled or not self.layout.shared:
             return factor, direction
         parts = [factor.unsqueeze(1)] if factor is not None else []
         parts += [direction] if direction is not None else []
@@ -265,6 +265,14 @@ def choose(proj_type: str, layout: Layout, rank: int, replicated: bool = False) 
     m >= n keeps rows as lines (right), m < n keeps columns (left); "reverse_std" is the opposite. "right" and "left"
     are the same for every shape; under row sharding "right" needs no communication but for cut rows.
     """
+    known = layout.__dict__.setdefault("_sides", {})  # asked for several times a step
+    key = (proj_type, rank, replicated)
+    if key not in known:
+        known[key] = _new_side(proj_type, layout, rank, replicated)
+    return known[key]
+
+
+def _new_side(proj_type: str, layout: Layout, rank: int, replicated: bool) -> Right | Left | TwoSided:
     tall = layout.shape[0] >= layout.shape[1]
     side = {"std": "right" if tall else "left", "reverse_std": "left" if tall else "right"}.get(proj_type, proj_type)
     return SIDES[side](layout, rank, replicated)

@@ -51,18 +51,22 @@ class Slot:
     none_is_zero: bool = False
     parameter: str = ""
     index: int = 0
+    _written: dict[str, int] = field(default_factory=dict)  # counters as the state has them
 
     def read_counters(self) -> None:
         """Take the counters from the state (after loading)."""
         for name in COUNTERS:
             if name in self.state:
                 setattr(self, name, int(self.state[name]))
+        self._written = {}
 
     def write_counters(self) -> None:
-        """Store the counters into the state."""
+        """Store the counters that changed into the state."""
         for name in COUNTERS:
-            if name in self.state:
-                self.state[name].fill_(getattr(self, name))
+            value = getattr(self, name)
+            if name in self.state and self._written.get(name) != value:
+                self.state[name].fill_(value)
+                self._written[name] = value
 
     def judge(self, how: Subspace, stable: float) -> None:
         """Decide once after each refresh whether the next is due at twice the interval (`Subspace.lazy`)."""
