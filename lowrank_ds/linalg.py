@@ -46,6 +46,18 @@ def is_usable(largest: Tensor) -> Tensor:
     return largest < LARGEST_GRADIENT
 
 
+def square_sum(x: Tensor) -> Tensor:
+    """The sum of squares of the entries of a contiguous x, 0-d fp32. Blocked: no full-size temporary."""
+    size = _CHUNK if x.device.type == "cpu" else 1 << 24
+    parts = [part.float().square().sum() for part in x.view(-1).split(size)]
+    return torch.stack(parts).sum()
+
+
+def finite_(x: Tensor) -> Tensor:
+    """x with 0 in place of what is not finite. (`torch.where` with numbers is 4x slower on CPU.)"""
+    return x.nan_to_num_(0.0, 0.0, 0.0)
+
+
 # --- seeded noise that depends on a key and a place only ---------------------------------------------------------
 def gaussian(
     key: tuple[int, str, int], length: int, rank: int, rows: slice | None = None, device: torch.device | None = None
