@@ -49,7 +49,7 @@ def is_usable(largest: Tensor) -> Tensor:
 def square_sum(x: Tensor) -> Tensor:
     """The sum of squares of the entries of a contiguous x, 0-d fp32. Blocked: no full-size temporary."""
     size = _CHUNK if x.device.type == "cpu" else 1 << 24
-    parts = [part.float().square().sum() for part in x.view(-1).split(size)]
+    parts = [torch.dot(part, part) for part in (part.float() for part in x.view(-1).split(size))]
     return torch.stack(parts).sum()
 
 

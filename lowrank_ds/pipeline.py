@@ -273,8 +273,9 @@ def compressed_momentum(job: Job) -> Steps:
     scale, (_, old), gram, *moved = found
     # a round also where nothing is asked for: then all matrices' sums share the next one
     *coords, _ = yield from together(*(update.down(side, basis) for basis in bases), ask(()))
-    coords = [where_live(live, each) for each in coords]
-    square = yield from _mixed_square(side, where_live(live, update.square_sum()), coords[0], momentum, gram, beta1)
+    coords = [linalg.finite_(each) for each in coords]
+    square = yield from _mixed_square(side, update.square_sum(), coords[0], momentum, gram, beta1)
+    square = where_live(live, square)
     size = live * scale * job.recipe.rule.shrink(square, numel)
     if job.observe is not None:
         job.observe.note(update=square * (job.lr * size).square())
