@@ -78,10 +78,15 @@ def _key(job: Job) -> tuple:
     return (*job.key, job.refresh_count - 1)
 
 
-def ask_peaks(job: Job) -> Gather:
-    """Each holder's largest gradient magnitude (without a gradient: of the sums, which one rank may have spoiled)."""
+def ask_peaks(job: Job, known: Tensor | None = None) -> Gather:
+    """Each holder's largest gradient magnitude (without a gradient: of the sums, which one rank may have spoiled).
+
+    known: this rank's (0-d), where it was computed with something else.
+    """
     axis = job.layout.even(job.layout.takers)  # one line each
-    mine = job.state["accumulated_peak"] if job.grad is None else linalg.peak(job.grad)
+    mine = known
+    if mine is None:
+        mine = job.state["accumulated_peak"] if job.grad is None else linalg.peak(job.grad)
     return Gather(mine.view(1)[: axis.count], axis)
 
 

@@ -64,8 +64,8 @@ class Job:
         """
         m, n = self.layout.shape
         how = self.recipe.subspace
-        if how is None or self.recipe.momentum is not None:  # the rule's own temporaries
-            return 3 * m * n // self.layout.takers
+        if how is None:  # sums of rows and columns, and the blocks at work
+            return 4 * (m + n)
         exact = self.refresh and how.method == "svd" and self.fresh is None
         decoded = 1 if self.recipe.storage.exact else 2
         return m * n if exact else (m + n) * how.rank * decoded
@@ -149,8 +149,8 @@ def _subtract_scaled(weight: Tensor, source: Tensor, lines: Tensor, step_size: f
 def weight_square_sum(job: Job) -> Tensor:
     """The sum of squares of the weights held here, 0-d fp32."""
     if not isinstance(job.weight, Int8Weight):
-        return linalg.row_square_sums(job.weight.view(1, -1)).sum()
-    parts = [linalg.row_square_sums(_loaded(job, piece)).sum() for piece in pieces(job)]
+        return linalg.square_sum(job.weight)
+    parts = [linalg.square_sum(_loaded(job, piece)) for piece in pieces(job)]
     return torch.stack(parts).sum() if parts else torch.zeros((), device=job.weight.device)
 
 

@@ -5,15 +5,16 @@ Pure functions of tensors. Legend: m rows, n columns, k or r basis columns.
 
 from __future__ import annotations
 
-import hashlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from lowrank_ds.noise import Noise
+
 _CHUNK = 1 << 16  # entries per block of the blocked reductions: stays in a core's L2 cache
 _WIDTH = 1 << 13  # entries of a row that a norm sums in one go
-_MASK32 = 0xFFFFFFFF
 LARGEST_GRADIENT = 1e15  # beyond it squared norms overflow fp32, and a moment that was once infinite stays NaN
 
 
@@ -63,58 +64,67 @@ def is_usable(largest: Tensor) -> Tensor:
     return largest < LARGEST_GRADIENT
 
 
-# --- seeded noise that depends on a key and a position only ------------------------------------------------------
-def _mix(x: Tensor) -> Tensor:
-    """A 32-bit integer hash (Wellons' lowbias32) in int64 lanes; multiplication wraps, the low 32 bits are right."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK32
-    x = (x ^ (x >> 15)) * 0x846CA68B & _MASK32
-    return x ^ (x >> 16)
+def square_sum(x: Tensor) -> Tensor:
+    """The sum of squares of the entries of a contiguous x, 0-d fp32. Blocked: no full-size temporary."""
+    size = _CHUNK if x.device.type == "cpu" else 1 << 24
+    parts = [torch.dot(part, part) for part in (part.float() for part in x.view(-1).split(size))]
+    return torch.stack(parts).sum()
 
 
-def _bits(key: tuple, index: Tensor) -> Tensor:
-    """32 pseudo-random bits (int64) for each entry of `index`, a function of `key` and the index alone."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    first, second = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
-    return _mix(_mix((index & _MASK32) ^ first) + (index >> 32) + second & _MASK32)
+def finite_(x: Tensor) -> Tensor:
+    """x with 0 in place of what is not finite. (`torch.where` with numbers is 4x slower on CPU.)"""
+    return x.nan_to_num_(0.0, 0.0, 0.0)
 
 
+# --- seeded noise that depends on a key and a place only ---------------------------------------------------------
 def gaussian(
     key: tuple[int, str, int], length: int, rank: int, rows: slice | None = None, device: torch.device | None = None
 ) -> Tensor:
     """Rows `rows` of a (length, rank) matrix with independent N(0, 1/rank) entries, fp32.
 
-    A counter-based generator: an entry depends on `key` = (run seed, parameter name, refresh number), its place
-    and `rank` only, so a rank can draw just its own rows, and device, world size and call order do not matter.
+    Box-Muller on counter-based bits (`noise.py`): an entry depends on `key` = (run seed, parameter name, refresh
+    number), its place and `rank` only, so a rank can draw just its own rows, and device, world size and call order do
+    not matter (but for the last bit of a device's logarithm and cosine).
     """
     rows = rows or slice(0, length)
-    pairs = (rank + 1) // 2
-    index = torch.arange(rows.start * pairs, rows.stop * pairs, device=device, dtype=torch.int64)
-    bits = _bits(key, index * 2), _bits(key, index * 2 + 1)
-    uniform = [((b >> 8).float() + 0.5) / (1 << 24) for b in bits]  # in (0, 1): Box-Muller never sees log(0)
-    radius, angle = (-2 * uniform[0].log()).sqrt(), 2 * math.pi * uniform[1]
-    normal = torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
-    return normal.view(rows.stop - rows.start, 2 * pairs)[:, :rank] / math.sqrt(rank)
+    pairs, count = (rank + 1) // 2, rows.stop - rows.start
+    noise = Noise(key, rows, slice(0, 2 * pairs), device)
+    out = torch.empty(count, rank, dtype=torch.float32, device=device)
+    for part in _row_chunks(count, 2 * pairs, out.device):
+        words = noise.words(part)
+        size = (words[:, :pairs] | 1).float().abs_().mul_(2.0**-31)  # in (0, 1]: never log(0), and tails up to 6.5
+        radius = size.log_().mul_(-2 / rank).sqrt_()
+        angle = words[:, pairs:].float().mul_(math.pi * 2.0**-31)
+        torch.mul(radius, angle.cos(), out=out[part, :pairs])
+        torch.mul(radius[:, : rank - pairs], angle.sin_()[:, : rank - pairs], out=out[part, pairs:])
+    return out
 
 
 def stochastic_round(x: Tensor, key: tuple, first: int, stride: int | None = None) -> Tensor:
     """fp32 x to bf16, rounding up with probability equal to the distance: E[result] = x.
 
-    The noise belongs to a place: entry i of a 1-D x is at first + i, entry (i, j) of a 2-D x at first + i * stride + j.
-    So the result does not depend on sharding.
+    The noise belongs to a place: entry (i, j) of a 2-D x is entry first + i * stride + j of a matrix with `stride`
+    columns (all of x's rows lie inside it), entry j of a 1-D x is in column first + j of a single row. So the result
+    does not depend on sharding. Infinities stay, NaN stays NaN, whatever its payload; beyond the largest bf16 number
+    lies infinity.
     """
-    width = x.shape[-1]
-    flat = stride in (None, width) or x.shape[0] <= 1
-    lines = x.reshape(-1, 1) if flat else x
+    lines = x if x.dim() == 2 else x.view(1, -1)
     out = torch.empty(lines.shape, dtype=torch.bfloat16, device=x.device)
-    step = max(1, _CHUNK // max(1, lines.shape[1])) if x.device.type == "cpu" else max(1, lines.shape[0])
-    for start in range(0, lines.shape[0], step):
-        part = lines[start : start + step].contiguous()
-        if flat:
-            noise = _noise16(key, first + start, part.shape[0], x.device).view(-1, 1)
-        else:
-            noise = _noise16_tile(key, first + start * stride, part.shape, stride, x.device)
-        rounded = (part.view(torch.int32) + noise) & -0x10000
-        out[start : start + step] = torch.where(part.isfinite(), rounded.view(torch.float32), part).to(torch.bfloat16)
+    count, width = lines.shape
+    row, column = (0, first) if stride is None else divmod(first, stride)
+    # two rows share a word: its low half is the noise of the even one, the high half that of the odd one
+    noise = Noise(key, slice(row // 2, (row + count + 1) // 2), slice(column, column + width), x.device)
+    for part in _row_chunks(count, width, x.device):
+        start, stop = row + part.start, row + part.stop
+        words = noise.words(slice(start // 2 - row // 2, (stop + 1) // 2 - row // 2))
+        halves = torch.empty(words.shape[0], 2, width, dtype=torch.int32, device=x.device)
+        torch.bitwise_and(words, 0xFFFF, out=halves[:, 0])
+        torch.bitwise_and(words.bitwise_right_shift_(16), 0xFFFF, out=halves[:, 1])
+        bits = lines[part].contiguous().view(torch.int32)
+        sums = halves.view(-1, width)[start % 2 : start % 2 + stop - start].add_(bits)
+        # only a NaN with all bits set can overflow, and change its sign: then all bits are set again
+        sums.bitwise_or_(torch.bitwise_xor(sums, bits).bitwise_right_shift_(31))
+        out[part].view(torch.int16).copy_(sums.bitwise_right_shift_(16))
     return out.view(x.shape)
 
 
@@ -123,24 +133,20 @@ def uniform(key: tuple, first: int, shape: torch.Size, stride: int, device: torc
 
     A number depends on `key` and its place only.
     """
-    rows, columns = (torch.arange(size, device=device, dtype=torch.int64) for size in shape)
-    return (_bits(key, first + rows.unsqueeze(1) * stride + columns) >> 8).float().div_(1 << 24)
+    row, column = divmod(first, stride)
+    noise = Noise(key, slice(row, row + shape[0]), slice(column, column + shape[1]), device)
+    out = torch.empty(shape, dtype=torch.float32, device=device)
+    for part in _row_chunks(*shape, device):
+        out[part].copy_(noise.words(part).bitwise_right_shift_(8).bitwise_and_(0xFFFFFF))
+    return out.mul_(2.0**-24)
 
 
-def _noise16(key: tuple, first: int, count: int, device: torch.device) -> Tensor:
-    """16 random bits (int32) for each of the positions first, first + 1, ...: two positions share a 32-bit hash."""
-    pairs = torch.arange(first // 2, (first + count + 1) // 2, device=device, dtype=torch.int64)
-    bits = _bits(key, pairs)
-    both = torch.stack([bits & 0xFFFF, bits >> 16], 1).view(-1)
-    return both[first % 2 : first % 2 + count].to(torch.int32)
-
-
-def _noise16_tile(key: tuple, first: int, shape: torch.Size, stride: int, device: torch.device) -> Tensor:
-    """The noise of the positions first + i * stride + j of a rectangle of `shape`."""
-    rows, columns = (torch.arange(size, device=device, dtype=torch.int64) for size in shape)
-    index = first + rows.unsqueeze(1) * stride + columns
-    bits = _bits(key, index >> 1)
-    return torch.where(index & 1 == 1, bits >> 16, bits & 0xFFFF).to(torch.int32)
+def _row_chunks(count: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Slices of `count` rows whose temporaries stay in a core's cache, an even number of rows each where possible."""
+    step = max(1, _CHUNK // max(1, width)) if device.type == "cpu" else max(1, count)
+    step += step % 2
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
 
 
 # --- orthonormal factors -----------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lowrank_ds import accumulate, linalg, lowbit, observe
+from lowrank_ds import accumulate, dense, linalg, lowbit, observe
 from lowrank_ds.axis import ENTRIES, SCALAR, Stored
 from lowrank_ds.job import (
     Job,
@@ -252,7 +252,7 @@ def _direction(job: Job, x: Tensor, lines: Lines, live: Tensor) -> Steps:
         return rule.update(x, state, live), rule.correction(job.moment_step), None
     raw = yield from rule.precondition(x, state, lines, live, job.moment_step)
     square, scale = yield from together(lines.square_sum(raw), _parameter_scale(job))
-    update = rule.clip(raw, square, lines.total * x.shape[1]).mul_(scale)
+    update = raw.mul_(rule.shrink(square, lines.total * x.shape[1]) * scale)
     return (_momentum(rule, update, state, live).clone() if rule.beta1 else update), 1.0, scale
 
 
@@ -275,45 +275,70 @@ def _parameter_scale(job: Job) -> Steps:
 # --- Flora -----------------------------------------------------------------------------------------------------------
 def compressed_momentum(job: Job) -> Steps:
     """The rule works on the whole gradient; its momentum is kept in a random subspace and moved when that changes."""
-    state, beta1 = job.state, job.recipe.momentum.beta1
-    side = side_of(job.layout, job.recipe)
-    update, live = yield from _preconditioned(job)
-    basis = side.random((*job.key, max(job.refresh_count - 1, 0)), job.weight.device)
-    (coords, _), gram = yield from together(side.down(update, basis, False), side.overlap(basis, basis))
-    old = state["exp_avg"].clone()
-    square, scale = yield from together(_mixed_square(side, update, coords, old, gram, beta1), _parameter_scale(job))
+    momentum, beta1 = job.state["exp_avg"], job.recipe.momentum.beta1
+    side, numel = side_of(job.layout, job.recipe), job.layout.shape[0] * job.layout.shape[1]
+    bases = [side.random((*job.key, max(job.refresh_count - 1, 0)), job.weight.device)]
     if job.refresh and job.refresh_count:
-        new = side.random((*job.key, job.refresh_count), job.weight.device)
-        moved, (coords, _) = yield from together(side.overlap(basis, new), side.down(update, new, False))
-        state["exp_avg"].copy_(state["exp_avg"] @ moved)
-    state["exp_avg"].lerp_(coords, live * (1 - beta1))
-    numel = job.layout.shape[0] * job.layout.shape[1]
-    size = live * scale / ((square / numel).sqrt() / job.recipe.rule.clip_threshold).clamp_min(1.0)
+        bases.append(side.random((*job.key, job.refresh_count), job.weight.device))
+    overlaps = (side.overlap(bases[0], basis) for basis in bases)
+    update, live, found = yield from _preconditioned(job, _parameter_scale(job), side.spread(None, momentum), *overlaps)
+    scale, (_, old), gram, *moved = found
+    # a round also where nothing is asked for: then all matrices' sums share the next one
+    *coords, _ = yield from together(*(update.down(side, basis) for basis in bases), ask(()))
+    coords = [linalg.finite_(each) for each in coords]
+    square = yield from _mixed_square(side, update.square_sum(), coords[0], momentum, gram, beta1)
+    square = where_live(live, square)
+    size = live * scale * job.recipe.rule.shrink(square, numel)
     if job.observe is not None:
         job.observe.note(update=square * (job.lr * size).square())
-    factor = ((1 - beta1) * size).expand(side.lines_axis.count)
-    factor, direction = yield from side.spread(factor, beta1 * size * old)
-    write(job, side, basis, update, factor, direction, job.lr, scale, live)
+    direction = beta1 * size * old
+    for overlap in moved:
+        momentum.copy_(momentum @ overlap)
+    momentum.lerp_(coords[-1], live * (1 - beta1))
+    dense.write(job, update, (1 - beta1) * size, scale, dense.LowRank(side, bases[0], direction))
 
 
-def _preconditioned(job: Job) -> Steps:
-    """Adafactor's raw update of the whole matrix: this rank's entries (numel,), zeros when not live."""
-    layout, rule = job.layout, job.recipe.rule
-    live = _live(job, (yield accumulate.ask_peaks(job)))
-    grad = where_live(live, job.grad.float())
-    if not rule.is_factored(*layout.shape):
-        lines = Lines(layout.rows_axis, layout, partial=True)
-        return (yield from rule.precondition(grad.view(1, -1), job.state, lines, live, job.step)).view(-1), live
-    lines = Lines(layout.rows_axis, layout, partial=True)
-    dense = yield from rule.precondition(layout.pad(grad), job.state, lines, live, job.step)
-    return layout.unpad(dense), live
+def _mixed_square(side, own: Tensor, coords: Tensor, momentum: Tensor, gram: Tensor, beta1: float) -> Steps:
+    """|(1 - b1) U + b1 M B^T|^2 without forming M B^T: <U, M B^T> = <U B, M>, |M B^T|^2 = <M (B^T B), M>.
 
-
-def _mixed_square(side, update: Tensor, coords: Tensor, momentum: Tensor, gram: Tensor, beta1: float) -> Steps:
-    """|(1 - b1) U + b1 M B^T|^2 without forming M B^T: <U, M B^T> = <U B, M>, |M B^T|^2 = <M (B^T B), M>."""
-    inner = torch.stack([(coords * momentum).sum(1), ((momentum @ gram) * momentum).sum(1)], 1)[side.lines_axis.owned]
-    own, mixed, past = yield Sum(torch.stack([update.square().sum(), *inner.sum(0)]))
+    own: |U|^2 of the entries held here.
+    """
+    counted = side.lines_axis.owned
+    mixed, past = ((each * momentum)[counted].sum() for each in (coords, momentum @ gram))
+    own, mixed, past = yield Sum(torch.stack([own, mixed, past]))
     return ((1 - beta1) ** 2 * own + 2 * beta1 * (1 - beta1) * mixed + beta1**2 * past).clamp_min(0)
+
+
+def _preconditioned(job: Job, *more: Steps) -> Steps:
+    """(Adafactor's raw update of the whole matrix as `dense.Update`, liveness, what `more` found), moments moved.
+
+    Everything is asked for at once. Beside GaLore's matrices, which ask for their basis first and for sums later, the
+    sums wait for a round, so that they share theirs.
+    """
+    layout, rule, state = job.layout, job.recipe.rule, job.state
+    decay = 1 - rule.decay(job.step)
+    if not rule.is_factored(*layout.shape):
+        peaks, *found = yield from together(ask(accumulate.ask_peaks(job)), *more)
+        live = _live(job, peaks)
+        update = dense.Full(job, state["exp_avg_sq"].view(-1))
+        update.move(live * decay, rule.eps[0])
+        return update, live, found
+    sums, columns = dense.square_sums(job), layout.even(layout.shape[1])
+    first = ask(accumulate.ask_peaks(job, sums.peak))
+    rest = (
+        layout.rows_axis.complete(sums.rows.unsqueeze(1)),
+        ask(rule.ask_columns(sums.columns, state, columns, layout.cols_axis.window)),
+        *more,
+    )
+    if rule.momentum_first:
+        peaks, rows, means, *found = yield from together(first, *rest)
+    else:
+        peaks = yield from first
+        rows, means, *found = yield from together(*rest)
+    live = _live(job, peaks)
+    rows, means = where_live(live, rows.squeeze(1)), torch.stack([where_live(live, means[0]), means[1]])
+    rows, across = rule.factors(rows, means, state, layout.shape[0], columns, live * decay)
+    return dense.Factored(job, rows, (yield from layout.rows_axis.spread(rows)), across), live, found
 
 
 # --- LoRA-FA ---------------------------------------------------------------------------------------------------------
@@ -345,8 +370,21 @@ def plain(job: Job) -> Steps:
 
 
 def _plain_adafactor(job: Job) -> Steps:
-    update, live, scale = yield from _full_adafactor(job)
-    write_entries(job, where_live(live, update), job.lr, scale)
+    """Adafactor on the parameter itself: piece by piece, as an embedding may be the largest of all."""
+    rule, numel = job.recipe.rule, job.layout.shape[0] * job.layout.shape[1]
+    update, live, _ = yield from _preconditioned(job)
+    momentum = dense.Kept(job, job.state["exp_avg"].view(-1)) if rule.beta1 else None
+    if rule.momentum_first:
+        if momentum is not None:
+            momentum.move(update, 1.0, live * (1 - rule.beta1))
+            update = momentum
+        yield ()  # Flora's matrices complete their coordinates
+    square, scale = yield from together(ask(Sum(where_live(live, update.square_sum()))), _parameter_scale(job))
+    size = rule.shrink(square, numel) * scale
+    if momentum is not None and not rule.momentum_first:
+        momentum.move(update, size, live * (1 - rule.beta1))
+        update, size = momentum, 1.0
+    dense.write(job, update, size * live, scale)
 
 
 def _elementwise(job: Job, live: Tensor) -> None:
@@ -381,14 +419,3 @@ def _piece_update(job: Job, piece: Block, state: dict[str, Tensor], live: Tensor
     """The rule's direction (entries,) for a piece of the entries, and its moments moved in place."""
     grad = where_live(live, job.grad[piece.entries].float())
     return where_live(live, job.recipe.rule.update(grad, state, live))
-
-
-def _full_adafactor(job: Job) -> Steps:
-    """(update, liveness, parameter scale) of this rank's entries (numel,)."""
-    rule, state = job.recipe.rule, job.state
-    raw, live = yield from _preconditioned(job)
-    if rule.momentum_first:
-        raw = _momentum(rule, raw, state, live).clone()
-    square, scale = yield from together(ask(Sum(raw.square().sum())), _parameter_scale(job))
-    update = rule.clip(raw, square, job.layout.shape[0] * job.layout.shape[1]).mul_(scale)
-    return update if rule.momentum_first else _momentum(rule, update, state, live), live, scale

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowrank_ds.axis import Axis, Stored
 from lowrank_ds.lines import Lines
-from lowrank_ds.requests import Gather, Steps, ask, together
+from lowrank_ds.requests import Steps, Sum
 
 
 @dataclass(frozen=True)
@@ -147,31 +147,44 @@ class Adafactor:
         return 1.0 - math.pow(step, self.decay_rate)
 
     def precondition(self, x: Tensor, state: dict[str, Tensor], lines: Lines, live: Tensor, step: int) -> Steps:
-        """x / sqrt(second moment), the moment moved in place. x (lines, width)."""
+        """x / sqrt(second moment), the moment moved in place. x (lines, width): complete lines."""
         weight = live * (1 - self.decay(step))
         if "exp_avg_sq" in state:
             square = x.square().add_(self.eps[0])
-            return state["exp_avg_sq"].lerp_(square.view_as(state["exp_avg_sq"]), weight).rsqrt().view_as(x).mul_(x)
-        return (yield from self._factored(x, state, lines, weight))
+            return state["exp_avg_sq"].lerp_(square, weight).rsqrt().mul_(x)
+        square, columns = x.square(), lines.layout.even(x.shape[1])
+        means = yield self.ask_columns(square[lines.axis.owned].sum(0), state, columns)
+        rows, across = self.factors(square.sum(1), means, state, lines.total, columns, weight)
+        return (x * rows.unsqueeze(1)).mul_(across)
 
-    def _factored(self, x: Tensor, state: dict[str, Tensor], lines: Lines, weight: Tensor) -> Steps:
-        square, columns_axis = x.square(), lines.columns(x.shape[1])
-        width, kept = columns_axis.total, slice(*columns_axis.kept[columns_axis.rank])
-        rows, (columns, column_mean) = yield from together(
-            lines.complete(square.sum(1)),
-            ask((lines.sum_columns(square, width), Gather(state["exp_avg_sq_col"], columns_axis))),
-        )
-        column_mean = torch.lerp(column_mean, columns / lines.total + self.eps[0], weight)
-        state["exp_avg_sq_col"].copy_(column_mean[kept])
-        row_mean = yield from lines.spread(state["exp_avg_sq_row"].lerp_(rows / width + self.eps[0], weight))
+    def ask_columns(self, sums: Tensor, state: dict[str, Tensor], columns: Axis, window: slice = slice(None)) -> Sum:
+        """Ask for (2, width): the sums of squares of all columns, and their old means, of which each rank keeps a part.
+
+        sums: of the columns `window`, over the lines counted here.
+        """
+        both = sums.new_zeros(2, columns.total)
+        both[0, window] = sums
+        both[1, slice(*columns.kept[columns.rank])] = state["exp_avg_sq_col"]
+        return Sum(both)
+
+    def factors(
+        self, rows: Tensor, means: Tensor, state: dict[str, Tensor], total: int, columns: Axis, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(r (lines,), c (width,)) such that the update is r o x o c; the moments are moved in place.
+
+        rows (lines,): sums of squares of the lines kept here. means (2, width): what `ask_columns` was answered.
+        total: lines over all ranks. weight: of this step, 0 when the gradient is not usable.
+        """
+        row_mean = state["exp_avg_sq_row"].lerp_(rows / columns.total + self.eps[0], weight)
+        column_mean = torch.lerp(means[1], means[0] / total + self.eps[0], weight)
+        state["exp_avg_sq_col"].copy_(column_mean[slice(*columns.kept[columns.rank])])
         # The mean of the row means, which the formula asks for, is the mean of the column means: no further sum.
         # (Each root by itself: the quotient of a large mean and an empty row's 1e-30 would overflow.)
-        here = lines.columns_here(column_mean).rsqrt()
-        return x * row_mean.rsqrt().unsqueeze(1) * column_mean.mean().sqrt() * here
+        return row_mean.rsqrt() * column_mean.mean().sqrt(), column_mean.rsqrt()
 
-    def clip(self, update: Tensor, square_sum: Tensor, numel: int) -> Tensor:
-        """Scale `update` in place so that its RMS, sqrt(square_sum / numel), is at most `clip_threshold`."""
-        return update.div_(((square_sum / numel).sqrt() / self.clip_threshold).clamp_min(1.0))
+    def shrink(self, square_sum: Tensor, numel: int) -> Tensor:
+        """What an update is multiplied by so that its RMS, sqrt(square_sum / numel), is at most `clip_threshold`."""
+        return ((square_sum / numel).sqrt() / self.clip_threshold).clamp_min(1.0).reciprocal()
 
     def parameter_scale(self, weight_square_sum: Tensor, numel: int) -> Tensor:
         """max(eps[1], RMS(W)), 0-d; 1 when `scale_parameter` is off."""

@@ -17,6 +17,7 @@ Conventions shared with the product (each differs from some paper or package, se
 """
 
 import functools
+import hashlib
 import itertools
 import math
 
@@ -331,3 +332,27 @@ def flora(
             m = beta1 * m + (1 - beta1) * bases[0].T @ raw @ bases[1]
         w = (1 - rate * weight_decay) * w - rate * clip_rms(update, clip_threshold)
     return w
+
+
+# --- seeded noise, in Python's integers --------------------------------------------------------------------------
+def noise_word(key, row: int, column: int) -> int:
+    """The 32 random bits of a place, 0 <= word < 2^32 (`lowrank_ds/noise.py`)."""
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
+    block, place = divmod(column, 1 << 15)
+    line = _splitmix(row * 0x9E3779B97F4A7C15 + seed + block * 0xD1342543DE82EF95)
+    x = (_splitmix((place + 1) * 0x9E3779B97F4A7C15) + line) * (line >> 32 | 1)
+    x = (x + _shifted(x, 15)) * 0x846CA68B
+    return (x + _shifted(x, 16)) % 2**32
+
+
+def _splitmix(x: int) -> int:
+    """splitmix64's finaliser."""
+    x %= 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
+
+
+def _shifted(x: int, by: int) -> int:
+    """The low 32 bits of x as a signed number, shifted to the right."""
+    return ((x + 2**31) % 2**32 - 2**31) >> by

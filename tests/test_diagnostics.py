@@ -114,7 +114,8 @@ def test_update_rms_is_what_was_added_to_the_weights(case: str) -> None:
 @pytest.mark.parametrize("name", ["FiraAdamW", "ApolloAdamW"])
 def test_limiter_hits(name: str) -> None:
     """A gradient that grows tenfold is cut at each step but the first; else: where the remembered norm grew by 1.01."""
-    growing, *_ = driven(name, gradients(4, 10.0), update_proj_gap=100)
+    # (APOLLO's norms do so in an SVD's subspace; in a random one it depends on the draw)
+    growing, *_ = driven(name, gradients(4, 10.0), update_proj_gap=100, subspace="svd")
     assert [numbers["limiter_hits"] for numbers in growing.matrices.values()] == [3, 3]
     assert growing.summary["limiter_hits"] == 6
     for scale in (0.1, 0.9):
