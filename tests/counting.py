@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 COUNTED = ("galore right", "galore left", "galore full", "fira", "apollo", "flora", "galore adafactor")
+AT_MOST = {"flora": 5, "galore adafactor": 6}  # collectives of a step on rows and flat cuts, for any depth; others: 8
 _KINDS = {
     "all_reduce": "all_reduce",
     "all_to_all_single": "all_to_all",
