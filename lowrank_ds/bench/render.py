@@ -162,7 +162,43 @@ def model(found: dict[str, Any]) -> str:
 
 def sharded(found: dict[str, Any]) -> str:
     """Tokens per second and traffic of each engine."""
-    raise NotImplementedError
+    given, parts = found["settings"], []
+    for result in found["results"]:
+        name = pathlib.Path(given["model"]).stem
+        parts.append(f"### {result['engine']}, {result['world']} ranks, {name}, {given['batch']} x {given['length']} tokens "
+                     f"a step, rank {given['rank']}, {given['dtype']}")  # fmt: skip
+        parts.append(_speeds(result, given["gap"]))
+        parts.append(_traffic(result))
+    return "\n\n".join(parts)
+
+
+def _speeds(result: dict[str, Any], gap: int) -> str:
+    head = ["optimizer", "tokens/s", "ms a step: median (min)", "optimizer's ms", "refresh of all, ms",
+            "tokens/s to AdamW's: median (min)", f"with refreshes every {gap} steps", "the same, CPU time"]  # fmt: skip
+    rows = []
+    for row in result["rows"]:
+        refresh = "" if row["refresh_ms"] is None else f"{row['refresh_ms']:.0f}"
+        speeds = [row["to_adamw"]["wall"]["steady"], row["to_adamw"]["wall"]["all"], row["to_adamw"]["cpu"]["all"]]
+        rows.append([row["name"], f"{row['tokens_per_s']:.0f}", _both(row["times"]["wall"], 1),
+                     f"{row['times']['optimizer']['median']:.1f}", refresh, *(_both(s, 3) for s in speeds)])  # fmt: skip
+    return table(head, rows)
+
+
+def _traffic(result: dict[str, Any]) -> str:
+    head = ["optimizer", "collectives added a step", "bytes to a rank", "by kind", "budget", "with a refresh"]
+    rows = []
+    for row in (r for r in result["rows"] if "budget_bytes" in r):
+        seen, more = row["traffic"], row["refresh_traffic"]
+        rows.append([
+            row["name"], str(sum(seen["calls"].values())), str(sum(seen["bytes"].values())), _kinds(seen),
+            str(row["budget_bytes"]),
+            f"{sum(more['calls'].values())} collectives, {sum(more['bytes'].values())} bytes" if more else "",
+        ])  # fmt: skip
+    return table(head, rows)
+
+
+def _kinds(seen: dict[str, dict[str, int]]) -> str:
+    return ", ".join(f"{count} {kind} {seen['bytes'][kind]}" for kind, count in seen["calls"].items()) or "none"
 
 
 def gpu(found: dict[str, Any]) -> str:
