@@ -63,6 +63,7 @@ def _measure(given: argparse.Namespace) -> int:
     if given.threads < 1 or given.rounds < 1:
         raise ValueError("--threads and --rounds must be at least 1")
     module = _module(given.benchmark)
+    given.asked = given.device
     given.device = str(device_of(given.device, given.benchmark))
     given.progress = lambda text: print(text, file=sys.stderr, flush=True)
     before, os.environ["OMP_NUM_THREADS"] = torch.get_num_threads(), str(given.threads)  # of ranks started later, too

@@ -104,9 +104,9 @@ ALL = (
 )
 
 
-def with_subspace(method: str) -> Contender:
-    """Our GaLoreAdamW with one method of making bases, for the time of its refresh."""
-    return Contender(f"GaLoreAdamW {method}", "ours", _ours(lowrank_ds.GaLoreAdamW, subspace=method))
+def with_subspace(method: str, cls: type = lowrank_ds.GaLoreAdamW) -> Contender:
+    """An optimizer of ours with one method of making bases, for the time of its refresh."""
+    return Contender(f"{cls.__name__} {method}", "ours", _ours(cls, subspace=method))
 
 
 def choose(only: Iterable[str] | None, packages: bool, dtype: torch.dtype | None = None) -> list[Contender]:

@@ -104,8 +104,9 @@ def line(facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {text}" for name, text in facts["versions"].items())
     commit = facts["commit"] + (" with changes" if facts["dirty"] else "")
     where = facts["cpu"] if facts["device"] == "CPU" else f"{facts['device']} ({facts['cpu']})"
-    busy = f"load {facts['load_start']} at the start, {facts.get('load_end')} at the end"
-    return f"{where}; {facts['threads']} thread(s); {versions}; commit {commit}; {facts['date']}; {busy}; `{facts['command']}`"
+    load = f"load {facts['load_start']} at the start, {facts.get('load_end')} at the end"
+    which = f"commit {commit}; {facts['date']}"
+    return f"{where}; {facts['threads']} thread(s); {versions}; {which}; {load}; `{facts['command']}`"
 
 
 def header(device: torch.device) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowrank_ds.bench.clock import Clock
 
 _aten = torch.ops.aten
 # {operation: where its two factors are among the arguments}; an addend is argument 0 of the latter half
@@ -63,7 +63,7 @@ def record(step: Callable[[], object]) -> list[Product]:
 
 
 def replay(products: list[Product]) -> Callable[[], None]:
-    """The same products on memory of its own, allocated now: same shapes, strides, dtypes and overlaps, other numbers."""
+    """The same products on memory of its own, allocated now: same shapes, strides, dtypes and overlaps."""
     copies: dict[int, torch.Tensor] = {}
 
     def twin(t: Tensor | None) -> Tensor | None:
@@ -102,7 +102,9 @@ def _call(p: Product) -> Callable[[], Any]:
     return lambda: add(p.addend, p.left, p.right, beta=p.beta, alpha=p.alpha, out=p.out)
 
 
-def best_layout(shape: tuple[int, int], rank: int, dtype: torch.dtype, device: torch.device) -> tuple[str, Callable]:
+def best_layout(
+    shape: tuple[int, int], rank: int, dtype: torch.dtype, device: torch.device, clock: Clock
+) -> tuple[str, Callable[[], None]]:
     """(which, two products) of G's coordinates and of writing a rank-r update, in the fastest of four layouts.
 
     The basis (d, r) and the coordinates (l, r) are each stored by rows or by columns; G and W by rows, always. A
@@ -130,25 +132,6 @@ def best_layout(shape: tuple[int, int], rank: int, dtype: torch.dtype, device: t
         for b in (True, False)
         for c in (True, False)
     }
-    name = min(runs, key=lambda key: _quickest(runs[key], device))
+    quickest = {name: min(clock.time(run)[clock.main] for _ in range(4)) for name, run in runs.items()}
+    name = min(quickest, key=quickest.__getitem__)
     return name, runs[name]
-
-
-def _quickest(call: Callable[[], object], device: torch.device, times: int = 4) -> float:
-    """The shortest of a few calls, in seconds, by a clock that includes the device."""
-    found = []
-    for _ in range(times):
-        with _settled(device):
-            begin = time.perf_counter()
-            call()
-        found.append(time.perf_counter() - begin)
-    return min(found)
-
-
-@contextlib.contextmanager
-def _settled(device: torch.device):
-    """Nothing is pending on the device before and after."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    wait()
-    yield
-    wait()

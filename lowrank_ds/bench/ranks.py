@@ -83,7 +83,9 @@ def _trainer(name: str, settings: dict[str, Any], processes: Any) -> Any:
         args = parse([*_flags(name, settings), "--output", f"{folder}/none"])
     config = load_ds_config(args) if args.deepspeed_config else None
     if config is not None and name.startswith("AdamW"):  # of one stage only there is a file
-        config["zero_optimization"] = json.loads(_ds_config("fira", settings["engine"]).read_text())["zero_optimization"]
+        config["zero_optimization"] = json.loads(_ds_config("fira", settings["engine"]).read_text())[
+            "zero_optimization"
+        ]
     plan = pretrain.plan_batches(args, config, processes.world)
     vocabulary, factor = Vocabulary(settings["vocabulary"]), warmup_cosine(args.steps, args.warmup_steps, 0.1)
     if config is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,64 +23,85 @@ _PACKAGE = "galore-torch"
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one measurement. package: whether galore-torch takes part."""
+    """Of one measurement. exact: whether SVDs are timed; package: whether galore-torch takes part."""
 
     shape: tuple[int, int]
     rank: int
     dtype: torch.dtype
     device: torch.device
     rounds: int
+    exact: bool
     package: bool
 
 
-def decaying(shape: tuple[int, int], seed: int) -> Tensor:
-    """A random fp32 matrix (m, n) with singular values i ** DECAY, on the CPU."""
+def decaying(shape: tuple[int, int], seed: int, device: torch.device) -> Tensor:
+    """A random fp32 matrix (m, n) with singular values i ** DECAY."""
     generator = torch.Generator().manual_seed(seed)
     k = min(shape)
-    left, right = (torch.linalg.qr(torch.randn(size, k, generator=generator)).Q for size in shape)
-    return (left * torch.arange(1, k + 1, dtype=torch.float32).pow(DECAY)) @ right.T
+    left, right = (torch.linalg.qr(torch.randn(d, k, generator=generator).to(device)).Q for d in shape)
+    return (left * torch.arange(1, k + 1, dtype=torch.float32, device=device).pow(DECAY)) @ right.T
 
 
-def pair(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Two gradients (m, n) of such a spectrum, the second the first with CHANGED of it replaced."""
-    first = decaying(shape, 0)
-    return first, (1 - CHANGED) * first + CHANGED * decaying(shape, 1)
+@functools.lru_cache(maxsize=1)
+def pair(shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Two gradients (m, n) of such a spectrum, the second the first with CHANGED of it replaced, and its energies.
+
+    The energies are the second's squared singular values (min(m, n),), largest first, by way of its fp64 Gram matrix.
+    """
+    first = decaying(shape, 0, device)
+    second = (1 - CHANGED) * first + CHANGED * decaying(shape, 1, device)
+    short = (second if shape[0] <= shape[1] else second.T).double()
+    return first, second, torch.linalg.eigvalsh(short @ short.T).flip(0)
 
 
 def captured(subject: Subject, grad: Tensor, best: float) -> float:
-    """|B^T G|^2 (or |G B|^2) of the subspace that the stored basis spans, as a share of the best r-dimensional one's."""
+    """Energy of G in the subspace that the stored basis spans, |B^T G|^2 or |G B|^2, as a share of the best one's."""
     kept = subject.optimizer.state[subject.params["w"]]["projector"]
-    basis = getattr(kept, "ortho_matrix", kept).double().cpu()  # galore-torch keeps an object
-    grad = grad.double().cpu()
-    basis = basis if basis.shape[0] in grad.shape and basis.shape[0] >= basis.shape[1] else basis.T
+    basis, grad = getattr(kept, "ortho_matrix", kept).double(), grad.double()  # galore-torch keeps an object
+    basis = basis if basis.shape[0] >= basis.shape[1] else basis.T
     basis = torch.linalg.qr(basis[:, basis.square().sum(0) > 0]).Q  # stored in bf16 it is not quite orthonormal
     left = grad.shape[0] < grad.shape[1]  # proj_type "std"
     return ((basis.T @ grad) if left else (grad @ basis)).square().sum().item() / best
 
 
 def measure(settings: Settings, clock: Clock) -> dict[str, Any]:
-    """{"rows": one a method, "default": ours when none is named, "package_ms", ...}.
+    """{"rows": one a method, "default": ours when none is named, "changed", "decay"}.
 
     A refresh is a step that makes a new basis, less a step that does not; both are taken in the same rounds. "cold" is
     the first step of a fresh optimizer, "warm" one whose basis is of the gradient before, of which CHANGED is new.
     """
-    grads = [g.to(settings.device, settings.dtype) for g in pair(settings.shape)]
-    best = torch.linalg.svdvals(grads[1].float().cpu())[: settings.rank].double().square().sum().item()
+    *pure, energies = pair(settings.shape, settings.device)
+    grads = [g.to(settings.dtype) for g in pure]
+    best = energies[: settings.rank].sum().item()
     package = [c for c in ALL if c.name == _PACKAGE and settings.package]
-    subjects = {f"{m} warm": _subject(with_subspace(m), settings, grads[0], 1) for m in METHODS}
-    subjects |= {_PACKAGE: _subject(c, settings, grads[0], 1) for c in package}
+    methods = [m for m in METHODS if m != "svd" or settings.exact]
+    subjects = {f"{m} warm": _subject(with_subspace(m), settings, grads[0], 1) for m in methods}
     steady = {"steady": _subject(with_subspace("power"), settings, grads[0], NEVER)}
-    steady |= {f"{_PACKAGE} steady": _subject(c, settings, grads[0], NEVER) for c in package}
+    for contender in package:
+        subjects[_PACKAGE] = _subject(contender, settings, grads[0], 1)
+        steady[f"{_PACKAGE} steady"] = _subject(contender, settings, grads[0], NEVER)
     for subject in (*subjects.values(), *steady.values()):
         subject.first_step()
-    samples, shares = _rounds(subjects, steady, grads, settings, clock, best)
-    rows = [_row(name, samples, shares, clock) for name in (*subjects, "power cold") if name in samples]
+    shares = _shares(subjects, grads[1], best)
+    samples, cold = _rounds(subjects, steady, grads, settings, clock)
+    shares["power cold"] = captured(cold, grads[1], best)
+    rows = [_row(name, samples, shares, clock) for name in (*subjects, "power cold")]
     for row in rows:
         _compare(row, rows)
-    peaks = {name: subject.peak() / grads[0].nbytes for name, subject in subjects.items()}
-    for row in rows:
-        row["peak"] = peaks.get(row["name"])
+        subject = subjects.get(row["name"])
+        row["peak"] = None if subject is None else subject.peak() / grads[0].nbytes
     return {"rows": rows, "default": GaLoreAdamW.OPTIONS["subspace"], "changed": CHANGED, "decay": DECAY}
+
+
+def _shares(subjects: dict[str, Subject], grad: Tensor, best: float) -> dict[str, float]:
+    """What each method's second basis captures, the first being of another gradient."""
+    shares = {}
+    for name, subject in subjects.items():
+        subject.grads = {"w": grad}
+        subject.prepare()
+        subject.step()
+        shares[name] = captured(subject, grad, best)
+    return shares
 
 
 def _subject(contender: Contender, settings: Settings, grad: Tensor, gap: int) -> Subject:
@@ -88,35 +110,22 @@ def _subject(contender: Contender, settings: Settings, grad: Tensor, gap: int) -
 
 
 def _rounds(
-    subjects: dict[str, Subject], steady: dict[str, Subject], grads: list[Tensor], settings: Settings, clock: Clock,
-    best: float,
-) -> tuple[dict[str, Samples], dict[str, float]]:  # fmt: skip
-    """Times of all, and the captured share of each method's basis after its last refresh (on the second gradient)."""
-    everyone, shares = {**subjects, **steady}, {}
-    cold: dict[str, Subject] = {}
+    subjects: dict[str, Subject], steady: dict[str, Subject], grads: list[Tensor], settings: Settings, clock: Clock
+) -> tuple[dict[str, Samples], Subject]:
+    """Times of all, and the last optimizer whose first step was timed (on the second gradient)."""
+    everyone = {**subjects, **steady}
 
     def prepare(name: str, number: int) -> None:
         if name == "power cold":
-            subject = cold[name] = _subject(with_subspace("power"), settings, grads[1], 1)
+            everyone[name] = _subject(with_subspace("power"), settings, grads[1], 1)
         else:
-            subject = everyone[name]
-            subject.grads = {"w": grads[number % 2]}  # each time CHANGED of it is new
-        subject.prepare()
+            everyone[name].grads = {"w": grads[number % 2]}  # each time CHANGED of it is new
+        everyone[name].prepare()
 
-    def step(name: str) -> None:
-        (cold if name == "power cold" else everyone)[name].step()
-
-    calls = {name: (lambda name=name: step(name)) for name in (*everyone, "power cold")}
+    calls = {name: (lambda name=name: everyone[name].step()) for name in (*everyone, "power cold")}
     few = {name: _SLOW for name in ("svd warm", _PACKAGE)}
     samples = interleave(calls, clock, settings.rounds, warmup=0, prepare=prepare, few=few)
-    for name in (*subjects, "power cold"):
-        subject = (cold if name == "power cold" else everyone)[name]
-        if subject.grads["w"] is not grads[1]:  # of an odd number of rounds
-            subject.grads = {"w": grads[1]}
-            subject.prepare()
-            subject.step()
-        shares[name] = captured(subject, grads[1], best)
-    return samples, shares
+    return samples, everyone["power cold"]
 
 
 def _row(name: str, samples: dict[str, Samples], shares: dict[str, float], clock: Clock) -> dict[str, Any]:

@@ -157,16 +157,34 @@ def _state(state: dict[str, Any]) -> str:
 
 def model(found: dict[str, Any]) -> str:
     """Steps of all parameters, with the refresh spread over the steps between two."""
-    raise NotImplementedError
+    given, kind = found["settings"], _main(found["rows"][0]["times"])
+    name = pathlib.Path(given["model"]).stem
+    title = (f"### {name}: {given['parameters']:,} parameters, {given['matrices']} matrices projected, rank "
+             f"{given['rank']}, float32")  # fmt: skip
+    head = ["optimizer", f"step, {kind} ms: median (min)", "wall ms", "x fused AdamW", "refresh of all, ms (cold)",
+            f"with refreshes every {given['gap']} steps, ms", "x fused AdamW", "x faster than its package",
+            "state MiB"]  # fmt: skip
+    whole = {row["name"]: row["amortised_ms"] for row in found["rows"] if row["kind"] == "package"}
+    rows = []
+    for row in found["rows"]:
+        more, rival = row["refresh_ms"], whole.get(row["rival"])
+        rows.append([
+            row["name"] + (f", {row['method']}" if row["method"] else ""), _both(row["times"][kind], 1),
+            f"{row['times']['wall']['median']:.1f}", _both(row["to_fused"]),
+            f"{more['warm']:.0f} ({more['cold']:.0f})" if more else "", f"{row['amortised_ms']:.1f}",
+            f"{row['amortised_to_fused']:.2f}", f"{rival / row['amortised_ms']:.2f}" if rival else "",
+            _mib(row["state_bytes"]),
+        ])  # fmt: skip
+    return title + "\n\n" + table(head, rows)
 
 
 def sharded(found: dict[str, Any]) -> str:
     """Tokens per second and traffic of each engine."""
     given, parts = found["settings"], []
     for result in found["results"]:
-        name = pathlib.Path(given["model"]).stem
-        parts.append(f"### {result['engine']}, {result['world']} ranks, {name}, {given['batch']} x {given['length']} tokens "
-                     f"a step, rank {given['rank']}, {given['dtype']}")  # fmt: skip
+        name, tokens = pathlib.Path(given["model"]).stem, f"{given['batch']} x {given['length']} tokens a step"
+        engine = f"{result['engine']}, {result['world']} ranks"
+        parts.append(f"### {engine}, {name}, {tokens}, rank {given['rank']}, {given['dtype']}")
         parts.append(_speeds(result, given["gap"]))
         parts.append(_traffic(result))
     return "\n\n".join(parts)
@@ -179,8 +197,9 @@ def _speeds(result: dict[str, Any], gap: int) -> str:
     for row in result["rows"]:
         refresh = "" if row["refresh_ms"] is None else f"{row['refresh_ms']:.0f}"
         speeds = [row["to_adamw"]["wall"]["steady"], row["to_adamw"]["wall"]["all"], row["to_adamw"]["cpu"]["all"]]
-        rows.append([row["name"], f"{row['tokens_per_s']:.0f}", _both(row["times"]["wall"], 1),
-                     f"{row['times']['optimizer']['median']:.1f}", refresh, *(_both(s, 3) for s in speeds)])  # fmt: skip
+        times, own = row["times"]["wall"], f"{row['times']['optimizer']['median']:.1f}"
+        speeds = [_both(speed, 3) for speed in speeds]
+        rows.append([row["name"], f"{row['tokens_per_s']:.0f}", _both(times, 1), own, refresh, *speeds])
     return table(head, rows)
 
 
@@ -203,4 +222,27 @@ def _kinds(seen: dict[str, dict[str, int]]) -> str:
 
 def gpu(found: dict[str, Any]) -> str:
     """Layer shapes, then whole training steps."""
-    raise NotImplementedError
+    if not found["measured"]:
+        return "Not measured: there is no CUDA device on this machine."
+    parts = [micro({"results": found["layers"]})] if found["layers"] else []
+    return "\n\n".join(parts + ([_training(found)] if found["training"] else []))
+
+
+def _training(found: dict[str, Any]) -> str:
+    given = found["settings"]
+    config = given["config"]
+    size = f"{config['num_hidden_layers']} layers of width {config['hidden_size']}"
+    title = (f"### Training step, LLaMA of {size}, bf16, {given['batch']} x {given['length']} tokens, rank "
+             f"{given['rank']}, {given['subspace']}, activation checkpointing; ours layer-wise")  # fmt: skip
+    head = ["optimizer", "ms a step: median (min)", "tokens/s", "first step (refresh), ms", "peak GiB", "weights GiB",
+            "state GiB"]  # fmt: skip
+    rows = []
+    for row in found["training"]:
+        if "failed" in row:
+            rows.append([row["name"], row["failed"], *[""] * (len(head) - 2)])
+            continue
+        sizes = (row[f"{kind}_bytes"] for kind in ("peak", "weight", "state"))
+        sizes = ("not measured" if size is None else f"{size / 2**30:.2f}" for size in sizes)
+        times = _both(row["times"][_main(row["times"])], 1)
+        rows.append([row["name"], times, f"{row['tokens_per_s']:.0f}", f"{row['first_ms']:.0f}", *sizes])
+    return title + "\n\n" + table(head, rows)

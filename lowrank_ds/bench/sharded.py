@@ -76,9 +76,9 @@ def _settings(given: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--world {given.world}, but there are {torch.cuda.device_count()} CUDA devices")
     return {
         "model": str(model), "vocabulary": json.loads(model.read_text())["vocab_size"], "rank": given.rank,
-        "world": given.world, "batch": given.batch, "length": given.length, "block": given.block, "rounds": given.rounds,
-        "refresh_rounds": given.refresh_rounds, "threads": given.threads, "options": given.options,
-        "dtype": "fp32" if given.device == "cpu" else "bf16",
+        "world": given.world, "batch": given.batch, "length": given.length, "block": given.block,
+        "rounds": given.rounds, "refresh_rounds": given.refresh_rounds, "threads": given.threads,
+        "options": given.options, "dtype": "fp32" if given.device == "cpu" else "bf16",
     }  # fmt: skip
 
 
@@ -157,8 +157,7 @@ def _digest(found: dict[str, Any], settings: dict[str, Any], engine: str, given:
         row["refresh_traffic"] = found["traffic"].get(name + REFRESHING)
         if name in FAMILIES:
             shapes = [tuple(shape) for shape in found["matrices"]]
-            flat = engine.startswith("zero")
-            row["budget_bytes"] = budget.largest(name, shapes, found["plain"], given.rank, given.world, flat)
+            row["budget_bytes"] = budget.largest(name, shapes, found["plain"], given.rank, given.world, engine)
         rows.append(row)
     return {"rows": rows, "matrices": found["matrices"], "plain": found["plain"]}
 
