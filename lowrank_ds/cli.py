@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     elif given.command == "bench":
         from lowrank_ds.bench import command
 
+        given.argv = ["lowrank-ds", *(sys.argv[1:] if argv is None else argv)]
         return command.main(given)
     else:
         return _checkpoint(given)

@@ -69,7 +69,7 @@ def _measure(given: argparse.Namespace) -> int:
     before, os.environ["OMP_NUM_THREADS"] = torch.get_num_threads(), str(given.threads)  # of ranks started later, too
     torch.set_num_threads(given.threads)
     try:
-        found = facts.collect(torch.device(given.device), given.threads)
+        found = facts.collect(torch.device(given.device), given.threads, given.argv)
         measured = module.run(given)
     finally:
         torch.set_num_threads(before)

@@ -59,27 +59,20 @@ def load() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-def command(argv: list[str] | None = None) -> str:
-    """The command line as a user would type it."""
-    argv = sys.argv if argv is None else argv
-    name = pathlib.Path(argv[0]).name
-    if name == "__main__.py":
-        return shlex.join(["python", "-m", *_module(argv[0]), *argv[1:]])
-    return shlex.join([name, *argv[1:]])
-
-
-def _module(path: str) -> list[str]:
-    folder = pathlib.Path(path).resolve().parent
-    return [folder.name]
-
-
 def collect(device: torch.device, threads: int, argv: list[str] | None = None) -> dict[str, Any]:
-    """The facts of a run that begins now, for its JSON. `finish` adds what is known at the end."""
+    """The facts of a run that begins now, for its JSON. `finish` adds what is known at the end.
+
+    Args:
+        device: what is measured.
+        threads: that it computes with.
+        argv: the command, program first; None: of this process.
+    """
+    argv = sys.argv if argv is None else argv
     found, dirty = commit()
     versions = {name: version_of(name) for name in (*PACKAGES, *ENGINES)}
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": command(argv),
+        "command": shlex.join([pathlib.Path(argv[0]).name, *argv[1:]]),
         "commit": found,
         "dirty": dirty,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
