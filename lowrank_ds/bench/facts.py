@@ -18,6 +18,7 @@ import lowrank_ds
 
 ROOT = pathlib.Path(lowrank_ds.__file__).resolve().parents[1]  # of the source checkout, where there is one
 PACKAGES = ("galore-torch", "fira", "apollo-torch", "flora-opt")
+_CODE = ("lowrank_ds", "launch", "ds_configs", "tests", "pyproject.toml")
 ENGINES = ("deepspeed", "transformers", "bitsandbytes", "torchao")
 
 
@@ -30,11 +31,14 @@ def version_of(distribution: str) -> str | None:
 
 
 def commit() -> tuple[str, bool | None]:
-    """(short hash of the checkout this code runs from, whether tracked files differ from it); ("unknown", None)."""
+    """(short hash of the checkout this code runs from, whether its code differs from that); ("unknown", None).
+
+    Documents do not count: writing the JSON of one benchmark must not mark the next one.
+    """
     if not (ROOT / ".git").exists():
         return "unknown", None
     try:
-        return _git("rev-parse", "--short", "HEAD"), bool(_git("status", "--porcelain", "--untracked-files=no"))
+        return _git("rev-parse", "--short", "HEAD"), bool(_git("status", "--porcelain", "--", *_CODE))
     except (OSError, subprocess.CalledProcessError):
         return "unknown", None
 

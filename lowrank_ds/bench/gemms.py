@@ -64,16 +64,16 @@ def record(step: Callable[[], object]) -> list[Product]:
 
 def replay(products: list[Product]) -> Callable[[], None]:
     """The same products on memory of its own, allocated now: same shapes, strides, dtypes and overlaps."""
-    copies: dict[int, torch.Tensor] = {}
+    copies: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def twin(t: Tensor | None) -> Tensor | None:
         if t is None:
             return None
         storage = t.untyped_storage()
-        flat = copies.get(storage._cdata)
+        flat = copies.get((storage._cdata, t.dtype))
         if flat is None:
             flat = torch.empty(storage.nbytes() // t.element_size(), dtype=t.dtype, device=t.device).normal_(std=1e-2)
-            copies[storage._cdata] = flat
+            copies[storage._cdata, t.dtype] = flat
         return flat.as_strided(t.shape, t.stride(), t.storage_offset())
 
     work = [

@@ -101,7 +101,10 @@ def build_model(settings: dict[str, Any], int8: bool) -> Any:
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
-    """{"times", "first_ms", "refresh_free": True, "tokens_per_s", "peak_bytes", "weight_bytes", "state_bytes"}."""
+    """{"times", "first_ms", "tokens_per_s", "peak_bytes", "reserved_bytes", "weight_bytes", "state_bytes"}.
+
+    The peak is that of all steps, the first one's refresh included; making int8 weights out of bf16 ones is not part.
+    """
     cell, device = CELLS[settings["cell"]], torch.device(settings["device"])
     model = build_model(settings, cell.int8)
     if device.type == "cuda":
