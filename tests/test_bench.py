@@ -227,6 +227,7 @@ def test_model(capsys: pytest.CaptureFixture, tmp_path: Path, tiny: str) -> None
     assert math.isclose(galore["amortised_ms"], steady + galore["refresh_ms"]["warm"] / 10)
     assert rows["torch AdamW fused"]["amortised_to_fused"] == 1
     assert "| GaLoreAdamW, power |" in printed
+    assert all(0 < times["cpu"]["median"] < steady for times in found["floor"].values()) and len(found["floor"]) == 2
 
 
 def ranks_of_all_engines(rank: int, world: int, settings: dict[str, Any]) -> dict[str, Any]:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import lowrank_ds
-from lowrank_ds.bench import held, llama
+from lowrank_ds.bench import gemms, held, llama
 from lowrank_ds.bench.clock import Clock, interleave, ratio, summaries, summary
 from lowrank_ds.bench.contenders import BASE, NEVER, Contender, choose, split, with_subspace
 from lowrank_ds.bench.subjects import Subject, fingerprint, gradients, parameters
 
 _SKIPPED = ("ApolloMini", "apollo-torch mini")  # measured where they are named
 _METHODS = {"GaLoreAdamW": lowrank_ds.GaLoreAdamW, "FiraAdamW": lowrank_ds.FiraAdamW}
+_GEMMS, _REST = "GEMMs of GaLoreAdamW", "fused AdamW of the rest"
 _EXACT = {"galore-torch", "fira"}  # each refresh an exact SVD of every matrix
 
 
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
-    """{"settings", "rows", "missing"}."""
+    """{"settings", "rows", "floor", "missing"}."""
     if given.gap < 1 or given.refresh_rounds < 1:
         raise ValueError("--gap and --refresh-rounds must be at least 1")
     shapes = llama.parameter_shapes(llama.read_config(given.model, "llama_60m"))
@@ -46,12 +47,12 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     params, grads = parameters(shapes, torch.float32, device), gradients(shapes, torch.float32, device)
     cell = Cell(params, grads, inner, given.rank, Clock(device, given.threads), given.refresh_rounds)
     before = fingerprint(grads)
-    rows = _rows(cell, contenders, given)
+    rows, floor = _rows(cell, contenders, given)
     if fingerprint(grads) != before:
         raise RuntimeError("a contender changed the gradients that all share: the times are not comparable")
     settings = {"model": given.model or "llama_60m", "rank": given.rank, "gap": given.gap,
                 "parameters": sum(p.numel() for p in params.values()), "matrices": len(inner)}  # fmt: skip
-    return {"settings": settings, "rows": rows, "missing": missing}
+    return {"settings": settings, "rows": rows, "floor": floor, "missing": missing}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,17 +81,26 @@ class Cell:
         return {"cold": cold, "warm": summary(later)["median"] if later else cold}
 
 
-def _rows(cell: Cell, contenders: Sequence[Contender], given: argparse.Namespace) -> list[dict[str, Any]]:
+def _rows(
+    cell: Cell, contenders: Sequence[Contender], given: argparse.Namespace
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The contenders' figures, and the floor's."""
     subjects, first = {}, {}
     for contender in contenders:
         subject = subjects[contender.name] = cell.subject(contender, NEVER)
         first[contender.name] = cell.clock.time(subject.first_step)[cell.clock.main]
         given.progress(f"{contender.name}: first step {first[contender.name]:.0f} ms")
-    calls = {name: subject.step for name, subject in subjects.items()}
-    samples = interleave(calls, cell.clock, given.rounds, prepare=lambda name, _: subjects[name].prepare())
+    calls = {name: subject.step for name, subject in subjects.items()} | _floor(cell, subjects)
+
+    def prepare(name: str, _: int) -> None:
+        if name in subjects:
+            subjects[name].prepare()
+
+    samples = interleave(calls, cell.clock, given.rounds, prepare=prepare)
     state = {name: held.count(subject.optimizer)["held"] for name, subject in subjects.items()}
     subjects.clear()
     calls.clear()  # and with them the states: refreshes are timed on fresh ones
+    floor = {name: summaries(samples[name]) for name in (_GEMMS, _REST) if name in samples}
     rows = []
     for contender in contenders:
         times, main = samples[contender.name], cell.clock.main
@@ -105,7 +115,21 @@ def _rows(cell: Cell, contenders: Sequence[Contender], given: argparse.Namespace
             rows.append({**base, "method": method, "refresh_ms": more, "amortised_ms": whole,
                          "amortised_to_fused": whole / fused})  # fmt: skip
             given.progress(f"{contender.name} {method or ''} done")
-    return rows
+    return rows, floor
+
+
+def _floor(cell: Cell, subjects: dict[str, Subject]) -> dict[str, Callable[[], None]]:
+    """What a GaLore step cannot be quicker than: its own matrix products, and fused AdamW on all the other weights."""
+    if "GaLoreAdamW" not in subjects:
+        return {}
+    subject = subjects["GaLoreAdamW"]
+    subject.prepare()
+    products = gemms.record(subject.step)
+    rest = {name: nn.Parameter(p.detach().clone()) for name, p in cell.params.items() if name not in set(cell.inner)}
+    for name, p in rest.items():
+        p.grad = cell.grads[name]
+    fused = torch.optim.AdamW(rest.values(), lr=1e-3, fused=True)
+    return {_GEMMS: gemms.replay(products), _REST: fused.step}
 
 
 def _refreshes(cell: Cell, contender: Contender, first: float, given: argparse.Namespace):

@@ -175,7 +175,14 @@ def model(found: dict[str, Any]) -> str:
             f"{row['amortised_to_fused']:.2f}", f"{rival / row['amortised_ms']:.2f}" if rival else "",
             _mib(row["state_bytes"]),
         ])  # fmt: skip
-    return title + "\n\n" + table(head, rows)
+    return "\n\n".join([title, table(head, rows), *_model_floor(found["floor"], kind)])
+
+
+def _model_floor(floor: dict[str, Any], kind: str) -> list[str]:
+    if not floor:
+        return []
+    parts = " + ".join(f"{name} {_both(times[kind], 1)} ms" for name, times in floor.items())
+    return [f"What a GaLore step cannot be quicker than: {parts}."]
 
 
 def sharded(found: dict[str, Any]) -> str:
