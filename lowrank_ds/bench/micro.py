@@ -69,7 +69,7 @@ def measure(
     for contender in contenders:
         params, grads = (make({"w": shape}, dtype, device) for make in (parameters, gradients))
         subject = subjects[contender.name] = Subject(contender, params, grads, ["w"], rank, NEVER)
-        first[contender.name] = clock.time(subject.first_step)[clock.main]
+        first[contender.name] = subject.first_step(clock.time)[clock.main]
     products = {name: _products(s) for name, s in subjects.items() if s.contender.kind == "ours"}
     layout, best = gemms.best_layout(shape, rank, dtype, device, clock)
     floors = {_floor(name): gemms.replay(found) for name, found in products.items() if found} | {"best": best}

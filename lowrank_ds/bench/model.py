@@ -73,7 +73,7 @@ class Cell:
     def refresh(self, contender: Contender, times: int) -> dict[str, float]:
         """Milliseconds of {"cold", "warm"}: a first step, and the median of later ones that all make new bases."""
         subject, main = self.subject(contender, 1), self.clock.main
-        cold = self.clock.time(subject.first_step)[main]
+        cold = subject.first_step(self.clock.time)[main]
         later = []
         for _ in range(times):
             subject.prepare()
@@ -88,7 +88,7 @@ def _rows(
     subjects, first = {}, {}
     for contender in contenders:
         subject = subjects[contender.name] = cell.subject(contender, NEVER)
-        first[contender.name] = cell.clock.time(subject.first_step)[cell.clock.main]
+        first[contender.name] = subject.first_step(cell.clock.time)[cell.clock.main]
         given.progress(f"{contender.name}: first step {first[contender.name]:.0f} ms")
     calls = {name: subject.step for name, subject in subjects.items()} | _floor(cell, subjects)
 

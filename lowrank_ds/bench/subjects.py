@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,13 +68,18 @@ class Subject:
         for p in self.params.values():
             p.grad = None
 
-    def first_step(self) -> None:
-        """The first step. Raises RuntimeError if it leaves every weight as it was: there would be nothing to time."""
+    def first_step(self, run: Callable[[Callable[[], None]], Any] = lambda step: step()) -> Any:
+        """The first step, done by `run`, whose answer is returned.
+
+        Raises:
+            RuntimeError: it leaves every weight as it was: there would be nothing to time.
+        """
         before = {name: p.detach().clone() for name, p in self.params.items()}
         self.prepare()
-        self.step()
+        found = run(self.step)
         if all(torch.equal(before[name], p.detach()) for name, p in self.params.items()):
             raise RuntimeError(f"{self.contender.name}: a step changed no weight; it cannot be measured")
+        return found
 
     def peak(self) -> int:
         """Bytes of temporaries alive at the worst moment of one step, beside weights, gradients and state."""
