@@ -64,15 +64,21 @@ def measure(
     contenders: Iterable[Contender], shape: tuple[int, int], rank: int, dtype: torch.dtype, device: torch.device,
     clock: Clock, rounds: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """{"rows", "floors"} of one cell: every contender on weights of its own, and our steps' own products alone."""
-    subjects, first = {}, {}
+    """{"rows", "best_layout", "best_floor"} of one cell.
+
+    Every contender has weights of its own; our steps' own products run alone in the same rounds.
+    """
+    subjects, first, about = {}, {}, {}
     for contender in contenders:
         params, grads = (make({"w": shape}, dtype, device) for make in (parameters, gradients))
         subject = subjects[contender.name] = Subject(contender, params, grads, ["w"], rank, NEVER)
         first[contender.name] = subject.first_step(clock.time)[clock.main]
-    products = {name: _products(s) for name, s in subjects.items() if s.contender.kind == "ours"}
     layout, best = gemms.best_layout(shape, rank, dtype, device, clock)
-    floors = {_floor(name): gemms.replay(found) for name, found in products.items() if found} | {"best": best}
+    floors = {"best": best}
+    for name in (c for c, subject in subjects.items() if subject.contender.kind == "ours"):
+        products = _products(subjects[name])  # dropped at once: they keep the step's temporaries alive
+        about[name] = _about(products, shape, rank)
+        floors |= {_floor(name): gemms.replay(products)} if products else {}
     calls = {name: subject.step for name, subject in subjects.items()}
 
     def prepare(name: str, _: int) -> None:
@@ -82,7 +88,7 @@ def measure(
     samples = interleave(calls | floors, clock, rounds, warmup=2, prepare=prepare)
     rows = [_row(subject, samples, clock, shape, rank, first[name]) for name, subject in subjects.items()]
     for row in rows:
-        row["products"] = _about(products.get(row["name"], []), shape, rank)
+        row["products"] = about.get(row["name"])
     return {"rows": rows, "best_layout": layout, "best_floor": summaries(samples["best"])}
 
 
@@ -112,14 +118,14 @@ def _row(subject: Subject, samples: dict, clock: Clock, shape: tuple[int, int], 
     state = held.count(subject.optimizer)
     held.check(contender.name, state["held"], expected)
 
-    def compared(other: str | None, kind: str = main) -> dict[str, float] | None:
-        return ratio(times[kind], samples[other][kind]) if other in samples else None
+    def compared(other: str | None) -> dict[str, float] | None:
+        return ratio(times[main], samples[other][main]) if other in samples else None
 
     rival = compared(contender.rival)
     return {
         "name": contender.name, "kind": contender.kind, "first_ms": first, "times": summaries(times),
         "to_fused": compared(BASE), "to_floor": compared(_floor(contender.name)),
-        "to_best_floor": compared("best") if contender.kind == "ours" else None,
+        "to_best_floor": compared("best") if contender.name.startswith(("GaLoreAdamW", "FiraAdamW")) else None,
         "floor": summaries(samples[_floor(contender.name)]) if _floor(contender.name) in samples else None,
         "rival": contender.rival if rival else None,
         "times_faster": {kind: 1 / value for kind, value in rival.items()} if rival else None,
