@@ -104,7 +104,7 @@ def build_deepspeed(args, config: dict, tokenizer, factor, processes: Processes)
 def build_torch(args, tokenizer, factor, plan: BatchPlan, processes: Processes) -> TorchTrainer:
     """Model, engine and optimizer without DeepSpeed."""
     on_gpu = processes.device.type == "cuda"
-    if processes.world > 1 or args.engine != "ddp":
+    if (processes.world > 1 or args.engine != "ddp") and not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo", **timeout_of(args.timeout))
     bf16 = args.dtype == "bf16"
     model = _model(args, tokenizer, torch.bfloat16 if bf16 and args.engine == "ddp" else torch.float32)

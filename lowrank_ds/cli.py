@@ -44,15 +44,31 @@ def main(argv: list[str] | None = None) -> int:
     runner.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     commands.add_parser("info", help="versions, optimizers and their options")
     _checkpoint_commands(commands)
+    _bench_command(commands, sys.argv[1:] if argv is None else argv)
     given = parser.parse_args(argv)
     if given.command == "run":
         launcher = [f"--local_rank={given.local_rank}"] if given.local_rank is not None else []
         run(given.script, [*launcher, *given.arguments])
     elif given.command == "info":
         print(info())
+    elif given.command == "bench":
+        from lowrank_ds.bench import command
+
+        given.argv = ["lowrank-ds", *(sys.argv[1:] if argv is None else argv)]
+        return command.main(given)
     else:
         return _checkpoint(given)
     return 0
+
+
+def _bench_command(commands: argparse._SubParsersAction, argv: list[str]) -> None:
+    """`bench`; what it needs is imported only when it is asked for."""
+    if "bench" in argv[:3]:
+        from lowrank_ds.bench import command
+
+        command.add_parser(commands)
+    else:
+        commands.add_parser("bench", help="measure speed, memory and traffic beside AdamW and the packages")
 
 
 def _checkpoint_commands(commands: argparse._SubParsersAction) -> None:

@@ -10,9 +10,9 @@ from torch import nn
 
 import lowrank_ds
 from lowrank_ds import job
+from lowrank_ds.bench.tracking import Tracker, largest_two
 from tests import training
 from tests.cluster import batches, tiny_llama
-from tests.tracking import Tracker, largest_two
 
 
 def llama() -> nn.Module:

@@ -3,9 +3,9 @@
     python -m tests.benchmarks.fake_memory [--layers 32] [--rank 1024] [--worlds 1 2 8]
 
 Fake tensors have sizes and no contents, torch's fake process group answers every collective at once; forward, backward
-and step run as they would, and every storage is tracked (tests/tracking.py). bf16 weights, 1 x 2048 tokens, activation
-checkpointing, FSDP2 with a unit for each layer (one rank: the plain model). Ours keeps fp32 state; torch's AdamW keeps
-state in the weights' dtype, bf16. Each cell is a process of its own.
+and step run as they would, and every storage is tracked (lowrank_ds/bench/tracking.py). bf16 weights, 1 x 2048 tokens,
+activation checkpointing, FSDP2 with a unit for each layer (one rank: the plain model). Ours keeps fp32 state; torch's
+AdamW keeps state in the weights' dtype, bf16. Each cell is a process of its own.
 
 What it does not see: the allocator's rounding and fragmentation, other streams' late frees, workspaces of kernels and
 communication. The measured step is an ordinary one: a refresh reads from the device, which fake tensors cannot. They
@@ -29,11 +29,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 import lowrank_ds
 from lowrank_ds import job, linalg
+from lowrank_ds.bench.facts import header
+from lowrank_ds.bench.tracking import Tracker, largest_two
 from lowrank_ds.engines import dtensor
 from lowrank_ds.slots import Slot
-from tests.benchmarks.step_time import header
 from tests.fake_ranks import LLAMA_7B
-from tests.tracking import Tracker, largest_two
 
 CELLS = [("torch AdamW", False), ("AdamW", False), ("AdamW", True), ("Fira", False), ("Fira", True)]
 

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 import lowrank_ds
+from lowrank_ds.bench.facts import header
 from tests.benchmarks.memory import MODELS
-from tests.benchmarks.step_time import header
 from tests.test_bf16_weights import Model, sequences
 
 CORPUS = pathlib.Path(__file__).parents[2] / "launch" / "corpus" / "austen.jsonl.xz"

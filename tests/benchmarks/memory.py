@@ -3,9 +3,9 @@
     python -m tests.benchmarks.memory [--model llama_60m] [--batch 1] [--length 256] [--rank 128] [--subspace svd]
 
 One process, CPU, fp32, random weights; each cell in a process of its own. Tensors are tracked storage by storage
-(tests/tracking.py) over three steps, the refresh among them. The resident set of the same run is read from the kernel:
-its peak less what it was before the model was built, with malloc told to give pages back (else what was freed counts
-too). AdamW is torch's in step(), ours without projection (GaLoreAdamW, rank=None) layer-wise.
+(lowrank_ds/bench/tracking.py) over three steps, the refresh among them. The resident set of the same run is read from
+the kernel: its peak less what it was before the model was built, with malloc told to give pages back (else what was
+freed counts too). AdamW is torch's in step(), ours without projection (GaLoreAdamW, rank=None) layer-wise.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 import lowrank_ds
-from tests.benchmarks.step_time import header
-from tests.tracking import Tracker, largest_two
+from lowrank_ds.bench.facts import header
+from lowrank_ds.bench.tracking import Tracker, largest_two
 
 CELLS = [
     (optimizer, mode, checkpointed)
