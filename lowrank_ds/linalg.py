@@ -15,7 +15,7 @@ from torch import Tensor
 _CHUNK = 1 << 16  # entries per block of the blocked reductions: stays in a core's L2 cache
 _MASK32 = 0xFFFFFFFF
 _NULL, _TINY = 1e-6, 1e-25  # singular values that count as none: of the largest one, and at all
-_SHIFT = 1e-13  # of the diagonal of a Gram matrix: above its rounding, below what is masked
+_SHIFT = 1e-7  # of the squared length of a column: see whiten
 LARGEST_GRADIENT = 1e15  # beyond it squared norms overflow fp32, and a moment that was once infinite stays NaN
 
 
@@ -209,12 +209,15 @@ def _over(vectors: Tensor, singular: Tensor) -> Tensor:
 def whiten(x: Tensor, gram: Tensor) -> Tensor:
     """An orthonormal basis of the columns of x (d, k), fp32; gram (k, k) fp64 is X^T X over all ranks.
 
-    Cholesky with a shift: never fails; directions below 3e-7 of the largest column, and x = 0, come out shorter.
+    Cholesky of the Gram matrix of columns scaled to length 1, with a shift, so it never fails. What is left of a column
+    beside those before it comes out shorter than 1 from 3e-4 of its length on: it is rounding by then, and a unit
+    vector of rounding would make the result another on every sharding.
     """
-    scale = gram.diagonal().max().sqrt().clamp_min(_TINY)
+    scale = gram.diagonal().sqrt()
+    scale = scale.clamp_min((1e-4 * scale.max()).clamp_min(_TINY))
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    factor = torch.linalg.cholesky_ex(gram / scale.square() + _SHIFT * identity)[0]
-    return x @ (torch.linalg.solve_triangular(factor, identity, upper=False).T / scale).float()
+    factor = torch.linalg.cholesky_ex(gram / torch.outer(scale, scale) + _SHIFT * identity)[0]
+    return x @ (torch.linalg.solve_triangular(factor, identity, upper=False).T / scale.unsqueeze(1)).float()
 
 
 def orthonormal_correction(gram: Tensor, cubes: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ this rank's touched rows (l, k); on the "right" they are (n, k), the same on eve
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -190,11 +191,12 @@ def _start(how: Subspace, layout: Layout, side: str, key: tuple, previous: Tenso
     k = min(how.rank + how.oversample, *layout.shape)
     rows = layout.rows_axis.window if side == "left" else None
     length = layout.shape[0 if side == "left" else 1]
-    if previous is None:
-        return linalg.gaussian(key, length, k, rows, device)
-    if k == how.rank:
+    fresh = k if previous is None else k - how.rank
+    if not fresh:
         return previous
-    noise = linalg.gaussian(key, length, k - how.rank, rows, device)
+    noise = linalg.gaussian(key, length, fresh, rows, device) * math.sqrt(fresh / length)  # columns of length 1
+    if previous is None:
+        return noise
     return torch.cat([previous[: len(noise)], noise], 1)  # a rank without rows is told of all, and needs none
 
 
@@ -229,6 +231,6 @@ def is_cold(how: Subspace, refreshes: int, captured: Sequence[float]) -> bool:
 
 
 def remember(captured: Tensor, holds: Tensor, cold: bool) -> None:
-    """Keep in `captured` (3,): share of the last basis, of the last cold one, share of the last one's live directions."""
+    """Keep in `captured` (3,): share of the last basis, of the last cold one; live directions of the last, of r."""
     share, full = holds
     captured.copy_(torch.stack([share, share if cold else captured[1].double(), full]))
