@@ -153,12 +153,12 @@ def leading_singular_vectors(x: Tensor, rank: int, sides: Sequence[str] = ("left
 def _from_gram(tall: Tensor, rank: int, sides: Sequence[str], short: str, long: str) -> dict[str, Tensor]:
     """The same of a tall matrix (d, k), whose columns are on side `short` and whose rows are on `long`."""
     vectors, singular = leading_directions(gram(tall), rank)
-    found = {short: (vectors * canonical_signs(vectors)).float()}
+    found = {short: (vectors * canonical_signs(vectors)).float().contiguous()}
     if long in sides:
         rotation, y = _over(vectors, singular), vectors.new_empty(len(tall), rank, dtype=torch.float32)
         for rows in _slices(tall):
             torch.mm(tall[rows].float(), rotation, out=y[rows])
-        found[long] = y @ orthonormal_correction(y.T @ y, (y.square() * y).sum(0))
+        found[long] = y @ orthonormal_correction(gram(y), (y.square() * y).sum(0))
     return {side: found[side] for side in sides}
 
 
@@ -223,11 +223,14 @@ def whiten(x: Tensor, gram: Tensor) -> Tensor:
 def orthonormal_correction(gram: Tensor, cubes: Tensor) -> Tensor:
     """C (r, r) fp32 such that Y C is orthonormal and has canonical signs, for Y^T Y = gram (r, r) near the identity.
 
-    One Newton-Schulz step: an error e of `gram` becomes 3/4 e^2. Columns that are zero (masked) stay zero.
-    cubes (r,): the sums of the cubes of each column of Y.
+    Triangular: a column is corrected by those before it only, which are larger singular vectors and more exact. Columns
+    that are zero (masked) stay zero. cubes (r,): the sums of the cubes of each column of Y.
     """
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return (1.5 * identity - 0.5 * gram) * torch.where(cubes < 0, -1.0, 1.0).to(gram.dtype)
+    dead = torch.diag((gram.diagonal() < 0.25).to(gram.dtype))
+    factor = torch.linalg.cholesky_ex(gram + dead + 1e-7 * identity)[0]
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False).T
+    return (inverse * torch.where(cubes < 0, -1.0, 1.0)).float()
 
 
 def gram_inverse(rows: Tensor, damping: float = 1e-7) -> tuple[Tensor, float]:

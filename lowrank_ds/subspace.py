@@ -203,8 +203,8 @@ def _start(how: Subspace, layout: Layout, side: str, key: tuple, previous: Tenso
 def _leading(rank: int, grad: Sharded, y: Tensor, side: str) -> Steps:
     """(orthonormal r leading left singular vectors of columns y (.., k) on `side`, what they hold of G).
 
-    Their fp64 Gram matrix is exact enough for directions down to the mask; one Newton-Schulz step then takes what is
-    left of its rounding out of the basis.
+    By their fp64 Gram matrix, which is exact enough down to the mask; what rounding is left in the basis is then
+    corrected.
     """
     own = linalg.gram(grad.counted(y, side))
     total = yield Sum(torch.cat([own.view(-1), grad.square_sum().double().view(1)]))
