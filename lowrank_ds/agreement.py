@@ -16,6 +16,7 @@ from lowrank_ds import linalg
 from lowrank_ds.collectives import Task, run_all
 from lowrank_ds.failures import RankError
 from lowrank_ds.requests import Steps, Sum, ask
+from lowrank_ds.subspace import CAPTURED
 
 if TYPE_CHECKING:
     from lowrank_ds.slots import Slot
@@ -32,13 +33,15 @@ FACTS: dict[str, str] = {
         "a gradient was not finite on some replicas only (a hardware fault, or a hook that runs on one rank); " + _SINCE
     ),
 }
+NOTES = 1 + CAPTURED
 _ROUNDING = 1e-11  # of sums of equal fp64 numbers over some thousand ranks; sums of whole numbers are exact
 
 
 def survey(work: Sequence[tuple[Slot, dict, Tensor | None, Tensor]], facts: Sequence) -> list[tuple]:
-    """(unusable, non-zero, skipped so far, stability) of each matrix over all ranks: one all-reduce, one read for all.
+    """(unusable, non-zero, skipped so far, notes) of each matrix over all ranks: one all-reduce, one read for all.
 
-    stability: the mean of what its last refreshes found (`subspace.stability`), 0 where none is kept.
+    notes: (stability, *captured), what the last refreshes left for the next: the mean of `subspace.stability`, and what
+    `subspace.remember` keeps; zeros where these are not kept.
 
     One all-reduce more where there are replicas: they exchange new bases, so all must make one, or none.
 
@@ -54,12 +57,15 @@ def survey(work: Sequence[tuple[Slot, dict, Tensor | None, Tensor]], facts: Sequ
         here = [i for i, (*_, weight) in enumerate(work) if weight.device == device]
         found |= dict(zip(here, _sums([work[i] for i in here], [facts[i] for i in here], device), strict=True))
     for i, (slot, *_) in enumerate(work):
-        check(slot.name, found[i][:-2], [*facts[i], found[i][-1]])
-    return [(sums[0], sums[1], sums[-1], sums[-2] / max(sums[2], 1.0)) for sums in (found[i] for i in range(len(work)))]
+        check(slot.name, found[i][: -1 - NOTES], [*facts[i], found[i][-1]])
+    return [
+        (sums[0], sums[1], sums[-1], tuple(note / max(sums[2], 1.0) for note in sums[-1 - NOTES : -1]))
+        for sums in (found[i] for i in range(len(work)))
+    ]
 
 
 def _sums(work: Sequence, facts: Sequence, device: torch.device) -> list[list[float]]:
-    """[*sums over all ranks of `contribution`, sum of stabilities, updates skipped here] of each matrix on a device."""
+    """[*sums over all ranks of `contribution`, sums of notes, updates skipped here] of each matrix on a device."""
     told = torch.tensor(facts, dtype=torch.float64).to(device)
     tasks = [
         Task(slot.layout, _contribute(slot, grad, mine), 1, slot.name)
@@ -76,7 +82,7 @@ def _sums(work: Sequence, facts: Sequence, device: torch.device) -> list[list[fl
 
 
 def _contribute(slot: Slot, grad: Tensor | None, facts: Tensor) -> Steps:
-    """Ask for the sum of [*`contribution`, stability] over the ranks that share a matrix.
+    """Ask for the sum of [*`contribution`, *notes] over the ranks that share a matrix.
 
     grad (numel,): None when all of it is in the sums of micro-batches.
     """
@@ -84,9 +90,13 @@ def _contribute(slot: Slot, grad: Tensor | None, facts: Tensor) -> Steps:
     mine = torch.zeros_like(skipped) if grad is None else linalg.peak(grad)
     mine = mine if sums is None else torch.maximum(mine, sums)
     seen = torch.stack([~linalg.is_usable(mine), mine != 0])
-    holds = slot.layout.numel > 0  # a rank without entries may not know how stable the basis is
-    stable = slot.state["stability"].double().mean() if "stability" in slot.state and holds else skipped.double() * 0
-    return (yield Sum(torch.cat([contribution(seen, facts, skipped, holds), stable.view(1)])))
+    holds = slot.layout.numel > 0  # a rank without entries may not know what the refreshes left
+    notes = torch.zeros(NOTES, dtype=torch.float64, device=skipped.device)
+    if holds and "stability" in slot.state:
+        notes[0] = slot.state["stability"].double().mean()
+    if holds and "captured" in slot.state:
+        notes[1:] = slot.state["captured"]
+    return (yield Sum(torch.cat([contribution(seen, facts, skipped, holds), notes])))
 
 
 def contribution(seen: Tensor, facts: Tensor, skipped: Tensor, takes_part: bool) -> Tensor:

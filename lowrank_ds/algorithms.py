@@ -33,7 +33,9 @@ def _subspace(group: Mapping[str, Any], every: str = "update_proj_gap", **fixed:
     if group["rank"] is None:
         return None
     chosen = {"method": group.get("subspace", "gaussian"), "every": group[every]}
-    shared = {k: group[k] for k in ("rank", "proj_type", "on_refresh", "oversample", "stagger") if k in group}
+    shared = {
+        k: group[k] for k in ("rank", "proj_type", "on_refresh", "oversample", "cold_every", "stagger") if k in group
+    }
     lazy = group["lazy_threshold"] if group.get("lazy_refresh") else None
     replicated = group.get("projector_storage") == "replicated"
     how = Subspace(**shared, **{**chosen, **fixed}, replicated=replicated, lazy=lazy)

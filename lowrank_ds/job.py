@@ -26,9 +26,10 @@ class Job:
     this rank's rows (l, n), read and written a piece at a time.
     state: the matrix's state tensors. step: 1, 2, ...; moment_step: the same since moments were last reset.
     lr, weight_decay: of this step. refresh: whether a new basis is due; refresh_count: bases drawn before this step;
-    owner: the rank that computes an exact SVD; replica: the one it does so in (`Layout.mirror`); fresh: the basis from
-    another replica. key: (run seed, parameter name), the source of all randomness. live: 1.0, or 0.0 (0-d) when the
-    gradient turned out not to be usable. observe: where diagnostics leave what they see.
+    cold: whether "power" forgets the basis before; owner: the rank that computes an exact SVD; replica: the one it does
+    so in (`Layout.mirror`); fresh: the basis from another replica. key: (run seed, parameter name), the source of all
+    randomness. live: 1.0, or 0.0 (0-d) when the gradient turned out not to be usable. observe: where diagnostics leave
+    what they see.
     """
 
     layout: Layout
@@ -50,6 +51,7 @@ class Job:
     fresh: dict[str, Tensor] | None = None
     micro_batches: int = 0
     observe: Any = None  # an observe.Sink
+    cold: bool = False
 
     @property
     def name(self) -> str:
@@ -66,9 +68,9 @@ class Job:
         how = self.recipe.subspace
         if how is None:  # sums of rows and columns, and the blocks at work
             return 4 * (m + n)
-        exact = self.refresh and how.method == "svd" and self.fresh is None
-        decoded = 1 if self.recipe.storage.exact else 2
-        return m * n if exact else (m + n) * how.rank * decoded
+        if self.refresh and how.method != "gaussian" and self.fresh is None:
+            return m * n if how.method == "svd" else 2 * (m + n) * (how.rank + how.oversample)
+        return (m + n) * how.rank * (1 if self.recipe.storage.exact else 2)
 
 
 def where_live(live: Tensor, x: Tensor) -> Tensor:

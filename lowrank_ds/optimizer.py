@@ -17,6 +17,7 @@ from lowrank_ds.job import Job
 from lowrank_ds.linalg import LARGEST_GRADIENT
 from lowrank_ds.recipe import Recipe
 from lowrank_ds.slots import Slot, deal, due, offset
+from lowrank_ds.subspace import is_cold
 
 if TYPE_CHECKING:
     from lowrank_ds.backward import InBackward
@@ -326,7 +327,7 @@ class LowRankOptimizer(BoundGroups):
         jobs = []
         for i, (slot, group, grad, weight) in enumerate(work):
             recipe = recipes[id(group)]
-            unusable, non_zero, skipped, stable = surveys.get(i, (0.0, 1.0, 0.0, 0.0))
+            unusable, non_zero, skipped, notes = surveys.get(i, (0.0, 1.0, 0.0, ()))
             usable = not unusable and bool(non_zero)
             if not usable and recipe.momentum is None and due(slot, recipe) and (sink := self._sink(slot)):
                 sink.note(refused=1.0)
@@ -336,12 +337,14 @@ class LowRankOptimizer(BoundGroups):
                 slot.drop_sums()
                 continue  # a parameter without any gradient so far must not start its clock, its basis or its decay
             if i in surveys and slot.projected and recipe.subspace is not None:
-                slot.judge(recipe.subspace, stable)
+                slot.judge(recipe.subspace, notes[0])
             # Flora's change of basis moves what is stored and needs no gradient; the others are made from this one.
             refresh = due(slot, recipe) and (usable or recipe.momentum is not None)
             job = self._job(slot, group, recipe, grad, weight, refresh)
             if refresh and recipe.subspace.method == "svd":
                 self._deal(job, self._loads)
+            if refresh and recipe.subspace.method == "power":
+                job.cold = is_cold(recipe.subspace, job.refresh_count, notes[1:])
             jobs.append((slot, job))
             slot.write_counters()
         return jobs

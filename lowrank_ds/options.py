@@ -109,6 +109,7 @@ CHECKS: dict[str, Check] = {
     "exclude": _NAMES,
     "matricize": _choice("auto", "flatten", "stack"),
     "oversample": ((lambda v: _integer(v, 0)), "a whole number >= 0"),
+    "cold_every": ((lambda v: _integer(v, 1)), "a whole number of refreshes >= 1"),
     "stagger": _BOOLEAN,
     "projector_storage": (
         (lambda v: v in (None, "sharded", "replicated", "seed")),
@@ -127,6 +128,7 @@ COMMON: dict[str, Any] = {
     "proj_type": "std",
     "on_refresh": "keep",
     "oversample": 16,
+    "cold_every": 10,
     "stagger": False,
     "projector_storage": None,
     "target_modules": None,

@@ -36,7 +36,7 @@ from lowrank_ds.projection import Left, Right, TwoSided, choose
 from lowrank_ds.recipe import Recipe
 from lowrank_ds.requests import Steps, Sum, ask, together
 from lowrank_ds.rules import SGD, Adafactor, Adam
-from lowrank_ds.subspace import HISTORY, Sharded, factorize, stability
+from lowrank_ds.subspace import CAPTURED, HISTORY, Sharded, factorize, remember, stability
 
 
 def update(job: Job, projected: bool) -> Steps:
@@ -65,7 +65,9 @@ def state_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, S
     sums = accumulate.state_shapes(layout, recipe) if projected else {}
     shapes = lowbit.state_shapes(_rule_shapes(layout, recipe, projected), layout, recipe.storage)
     lazy = {"stability": Stored(rest=(HISTORY,))} if projected and recipe.subspace and recipe.subspace.lazy else {}
-    return shapes | sums | lazy | {"skipped": SCALAR}
+    power = projected and recipe.subspace and recipe.subspace.method == "power"
+    captured = {"captured": Stored(rest=(CAPTURED,))} if power else {}
+    return shapes | sums | lazy | captured | {"skipped": SCALAR}
 
 
 def _rule_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, Stored]:
@@ -158,7 +160,7 @@ def _refresh(job: Job, side) -> Steps:
     rotate = how.on_refresh == "rotate" and job.refresh_count
     observed = job.observe is not None and job.refresh_count
     compare = rotate or ("stability" in state and job.refresh_count)
-    if how.method == "power" and job.refresh_count:
+    if how.method == "power" and job.refresh_count and not job.cold:
         warm = side.warm(state, (yield side.whole_requests(state)))
     old = {k: v.clone() for k, v in (yield from _gathered(side, state)).items()} if compare or observed else {}
     bases = job.fresh if job.fresh is not None else (yield from new_basis(job, warm))
@@ -182,7 +184,11 @@ def new_basis(job: Job, warm: Tensor | None = None) -> Steps:
     side = side_of(job.layout, job.recipe)
     axes = {which: side.basis_axes()[name] for which, name in side.bases.items()}
     key = (*job.key, job.refresh_count)
-    return (yield from factorize(job.recipe.subspace, Sharded(job.layout, job.grad), axes, key, warm, job.owner))
+    grad = Sharded(job.layout, job.grad)
+    bases, holds = yield from factorize(job.recipe.subspace, grad, axes, key, warm, job.owner)
+    if "captured" in job.state:
+        remember(job.state["captured"], holds, warm is None)
+    return bases
 
 
 def mirror_basis(job: Job, bases: dict[str, Tensor] | None) -> Steps:

@@ -196,7 +196,7 @@ def _all_shapes(layout: Layout, recipe: Recipe, projected: bool) -> dict[str, St
     return {**pipeline.state_shapes(layout, recipe, projected), **dict.fromkeys(counters, SCALAR)}
 
 
-MAY_BE_NEW = ("accumulated", "accumulated_peak", "micro_batches", "stability", "doublings", "judged")
+MAY_BE_NEW = ("accumulated", "accumulated_peak", "micro_batches", "stability", "captured", "doublings", "judged")
 
 
 def _new(name: str, key: str, store: Mapping[str, Tensor]) -> bool:

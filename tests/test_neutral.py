@@ -27,6 +27,8 @@ CELLS = (
     ("fsdp1", "flora unfactored", 4, False),
     ("fsdp1", "fira paper", 3, True),
     ("fsdp2", "galore randomized reset", 5, False),
+    ("zero2", "galore power rotate", 3, True),
+    ("fsdp2", "galore power rotate", 5, False),
     ("fsdp2", "apollo svd", 4, True),
     ("fsdp2", "adalomo", 3, False),
 )
@@ -79,6 +81,7 @@ CHAINS = {
     "zero3": ("galore adafactor", [("zero3", n) for n in (2, 4, 1, 3)]),
     "fsdp2": ("galore left", [("fsdp2", n) for n in (2, 4, 1, 3)]),
     "engines": ("fira", [("zero3", 2), ("fsdp2", 3), ("one", 1), ("fsdp1", 2), ("zero2", 2)]),
+    "power": ("galore power rotate", [("zero2", 2), ("fsdp2", 3), ("one", 1)]),
     "meshes": ("galore right", [("hsdp", 4), ("fsdp2 tp", 4), ("zero3 layerwise", 3), ("ddp", 2), ("zero1", 2)]),
 }
 LIMIT = 2e-6

@@ -19,7 +19,11 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "galore right": ("GaLoreAdamW", {"update_proj_gap": GAP, "proj_type": "right", "weight_decay": 0.1}),
     "galore left": ("GaLoreAdamW", {"update_proj_gap": GAP, "proj_type": "left"}),
     "galore full": ("GaLoreAdamW", {"update_proj_gap": GAP, "proj_type": "full"}),
-    "galore power rotate": ("GaLoreAdamW", {"update_proj_gap": GAP, "subspace": "power", "on_refresh": "rotate"}),
+    # the refresh at step 5 is warm, that at step 10 cold
+    "galore power rotate": (
+        "GaLoreAdamW",
+        {"update_proj_gap": GAP, "subspace": "power", "on_refresh": "rotate", "cold_every": 2},
+    ),
     # lr 1e-3: right after a reset Adam's direction is all signs, and at 1e-2 one ulp in the initial weights moves the
     # one-process result by up to 3e-5
     "galore randomized reset": (

@@ -15,8 +15,9 @@ _WEIGHTS_ONLY = "To take the weights alone and let the optimizer start anew, pas
 # Options without meaning for parameters that are not projected: groups of those may differ in them.
 _PROJECTION = {
     "rank", "update_proj_gap", "kappa", "scale", "alpha", "proj_type", "subspace", "on_refresh", "residual", "scaling",
-    "scale_type", "limiter", "scale_front", "disable_nl", "matricize", "oversample", "stagger", "projector_dtype",
-    "projector_storage", "lazy_refresh", "lazy_threshold", "compress_accumulation", "accumulation_compression_rank",
+    "scale_type", "limiter", "scale_front", "disable_nl", "matricize", "oversample", "cold_every", "stagger",
+    "projector_dtype", "projector_storage", "lazy_refresh", "lazy_threshold", "compress_accumulation",
+    "accumulation_compression_rank",
 }  # fmt: skip
 _SELECTION = {"params", "param_names", "target_modules", "exclude", "name"}  # how groups came to be, not what they do
 
