@@ -49,13 +49,14 @@ def _git(*arguments: str) -> str:
 
 
 def processor() -> str:
-    """The CPU's model name and number of cores."""
+    """The CPU's model name, number of cores, and what torch's kernels use of it (AVX2, AVX512 ...)."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
-    return f"{name or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    name = name or platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def load() -> float | None:

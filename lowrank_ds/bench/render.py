@@ -175,10 +175,10 @@ def model(found: dict[str, Any]) -> str:
             f"{row['amortised_to_fused']:.2f}", f"{rival / row['amortised_ms']:.2f}" if rival else "",
             _mib(row["state_bytes"]),
         ])  # fmt: skip
-    return "\n\n".join([title, table(head, rows), *_model_floor(found["floor"], kind)])
+    return "\n\n".join([title, table(head, rows), *_model_floor(found.get("floor"), kind)])
 
 
-def _model_floor(floor: dict[str, Any], kind: str) -> list[str]:
+def _model_floor(floor: dict[str, Any] | None, kind: str) -> list[str]:
     if not floor:
         return []
     parts = " + ".join(f"{name} {_both(times[kind], 1)} ms" for name, times in floor.items())
