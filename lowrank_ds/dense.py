@@ -42,6 +42,16 @@ def chunks(job: Job) -> Iterator[Block]:
     return itertools.chain.from_iterable(_chunks(job, block) for block in job.layout.blocks)
 
 
+def _scratch(job: Job) -> Tensor:
+    """Room for one block's entries: written again and again, it costs no page faults."""
+    return torch.empty(max((k.entries.stop - k.entries.start for k in chunks(job)), default=0), device=job.grad.device)
+
+
+def _multiplied(a: Tensor, b: Tensor, room: Tensor) -> Tensor:
+    """a * b, fp32 of a's shape (rows, columns), in `room`."""
+    return torch.mul(a, b, out=room[: a.numel()].view(a.shape))
+
+
 class Sums(NamedTuple):
     """Of the squared gradient: rows (l,), columns (w,); and its largest magnitude (0-d)."""
 
@@ -53,11 +63,11 @@ class Sums(NamedTuple):
 def square_sums(job: Job) -> Sums:
     """In one pass over this rank's entries."""
     rows, columns = (torch.zeros(k, device=job.grad.device) for k in (job.layout.rows, job.layout.cols))
-    extremes = [rows.new_zeros(())]
+    extremes, room = [rows.new_zeros(())], _scratch(job)
     for chunk in chunks(job):
         grad = chunk.of(job.grad).float()
         extremes += torch.aminmax(grad)
-        square = grad * grad
+        square = _multiplied(grad, grad, room)
         rows[chunk.rows] += square.sum(1)
         columns[chunk.cols] += square.sum(0)
     return Sums(rows, columns, linalg.peak(torch.stack(extremes)))
@@ -79,7 +89,7 @@ class Update:
 
     def square_sum(self) -> Tensor:
         """The sum of squares of the entries held here (0-d); meaningless when not live."""
-        parts = [_squared(self.of(chunk)).sum() for chunk in chunks(self.job)]
+        parts = [self.of(chunk).square().sum() for chunk in chunks(self.job)]
         return torch.stack(parts).sum() if parts else torch.zeros((), device=self.job.weight.device)
 
     def down(self, side, basis: dict[str, Tensor]) -> Steps:
@@ -104,8 +114,13 @@ class Factored(Update):
         """c of the columns touched here (w,)."""
         return self.columns[self.job.layout.cols_axis.window]
 
+    @cached_property
+    def _room(self) -> Tensor:
+        return _scratch(self.job)
+
     def _scaled(self, chunk: Block) -> Tensor:
-        return chunk.of(self.job.grad).float() * self._across[chunk.cols]
+        """G o c of a block, until the next one is asked for."""
+        return _multiplied(chunk.of(self.job.grad).float(), self._across[chunk.cols], self._room)
 
     def factors(self, chunk: Block) -> tuple[Tensor, Tensor]:
         """(G o c, r)."""
@@ -115,7 +130,8 @@ class Factored(Update):
         """The sum of squares of the entries held here (0-d); meaningless when not live."""
         sums = self.touched.new_zeros(self.job.layout.rows)
         for chunk in chunks(self.job):
-            sums[chunk.rows] += _squared(self._scaled(chunk)).sum(1)
+            scaled = self._scaled(chunk)
+            sums[chunk.rows] += scaled.mul_(scaled).sum(1)
         return (sums.sqrt() * self.touched).square().sum()  # r^2 overflows where a row is empty
 
     def down(self, side, basis: dict[str, Tensor]) -> Steps:
@@ -128,11 +144,6 @@ class Factored(Update):
         scaled = {name: part * inner.unsqueeze(1) for name, part in basis.items()}
         coords, _ = yield from side.down(self.job.grad, scaled, False)
         return coords.mul_(outer.unsqueeze(1))
-
-
-def _squared(x: Tensor) -> Tensor:
-    """x^2, a product: `square` takes the slower power."""
-    return x * x
 
 
 @dataclass
