@@ -186,15 +186,18 @@ def _from_gram(tall: Tensor, rank: int, sides: Sequence[str], short: str, long: 
 
 
 def gram(x: Tensor) -> Tensor:
-    """X^T X (k, k) in fp64 of x (d, k), a piece of it in fp64 at a time."""
+    """The lower triangle of X^T X (k, k) in fp64, for x (d, k); a piece of x is in fp64 at a time.
+
+    Above it there is nothing to use; `eigh` and `cholesky` do not look there.
+    """
     k = x.shape[1]
     out = torch.zeros(k, k, dtype=torch.float64, device=x.device)
-    width = max(72, k // 8) if x.device.type == "cpu" else k  # CPU: no more than the lower triangle, in strips
+    width = max(72, k // 8) if x.device.type == "cpu" else k  # GPU: one product
     for rows in _slices(x):
         part = x[rows].double()
         for j in range(0, k, width):
             out[j:, j : j + width].addmm_(part[:, j:].T, part[:, j : j + width])
-    return out.tril() + out.tril(-1).T
+    return out
 
 
 def _slices(x: Tensor) -> Iterator[slice]:
@@ -204,7 +207,7 @@ def _slices(x: Tensor) -> Iterator[slice]:
 
 
 def leading_directions(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The r leading eigenvectors (k, r) of a Gram matrix (k, k), fp64, and singular values (r,), descending.
+    """The r leading eigenvectors (k, r) of a Gram matrix (k, k; `gram`), fp64, and singular values (r,), descending.
 
     Below 1e-6 of the largest (or 1e-25) both are zeros: coordinates along such directions are rounding noise, which
     Adam would turn into full-size updates.

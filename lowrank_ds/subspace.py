@@ -135,7 +135,7 @@ class Sharded:
         return x[first + axis.owned.start : first + axis.owned.stop]
 
     def gram(self, x: Tensor, side: str) -> Steps:
-        """X^T X (k, k) in fp64 of columns x on `side`."""
+        """`linalg.gram` (k, k) of columns x on `side`, over all ranks."""
         return (yield Sum(linalg.gram(self.counted(x, side))))
 
     def keep_rows(self, z: Tensor, axis: Axis) -> Steps:
