@@ -16,9 +16,8 @@ this rank's touched rows (l, k); on the "right" they are (n, k), the same on eve
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from lowrank_ds import linalg
 from lowrank_ds.axis import Axis
-from lowrank_ds.layout import Block, Layout
+from lowrank_ds.layout import Layout
 from lowrank_ds.requests import Steps, Sum
 
 
@@ -97,7 +96,7 @@ class Sharded:
     def times(self, v: Tensor) -> Steps:
         """G V, the rows touched here (l, k), complete. V (n, k) is the same on every rank."""
         out, v = v.new_zeros(self.layout.rows, v.shape[1]), v[self.layout.cols_axis.window]
-        for block in self._pieces():
+        for block in self.layout.fp32_pieces(self.entries):
             torch.mm(block.of(self.entries).float(), v[block.cols], out=out[block.rows])
         return (yield from self.layout.rows_axis.spread((yield from self.layout.rows_axis.complete(out))))
 
@@ -105,7 +104,7 @@ class Sharded:
         """G^T Z (n, k), the same on every rank, from the touched rows Z (l, k)."""
         out = z.new_zeros(self.layout.shape[1], z.shape[1])
         mine = out[self.layout.cols_axis.window]
-        for block in self._pieces():
+        for block in self.layout.fp32_pieces(self.entries):
             mine[block.cols].addmm_(block.of(self.entries).float().T, z[block.rows])
         return (yield Sum(out))
 
@@ -115,12 +114,6 @@ class Sharded:
         for part in self.entries.split(_PIECE):
             total += torch.dot(part.float(), part.float())
         return total
-
-    def _pieces(self) -> Iterator[Block]:
-        """The blocks of the entries, cut so that no fp32 copy of a narrow gradient is as large as itself."""
-        if self.entries.dtype == torch.float32:
-            return iter(self.layout.blocks)
-        return itertools.chain.from_iterable(block.split(_PIECE) for block in self.layout.blocks)
 
     def across(self, x: Tensor, side: str) -> Steps:
         """The product that takes columns x on `side` to the other side."""

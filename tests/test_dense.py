@@ -16,7 +16,7 @@ from lowrank_ds.projection import Left, Right
 from lowrank_ds.recipe import Recipe
 from lowrank_ds.requests import finish_alone
 from lowrank_ds.rules import Adafactor
-from tests.tracking import Tracker
+from lowrank_ds.bench.tracking import Tracker
 
 SHAPE = (1024, 300)  # several blocks: they hold 2^17 entries
 PLAIN = {"rank": None}

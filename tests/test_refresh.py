@@ -14,7 +14,7 @@ from lowrank_ds.layout import Flat
 from lowrank_ds.projection import choose
 from lowrank_ds.requests import finish_alone
 from lowrank_ds.subspace import Sharded, Subspace, factorize, is_cold
-from tests.tracking import Tracker
+from lowrank_ds.bench.tracking import Tracker
 
 SHAPES = [(192, 640), (640, 192), (300, 300)]
 SPECTRA = {
