@@ -67,8 +67,8 @@ class Job:
         m, n = self.layout.shape
         how = self.recipe.subspace
         if how is None or self.recipe.momentum is not None:  # sums of rows and columns; coordinates
-            plain = self.recipe.storage.exact and not self.micro_batches and getattr(self.recipe.rule, "factored", True)
-            return (m + n) * (4 if how is None else how.rank) + (0 if plain else 3 * m * n // self.layout.takers)
+            formed = self.micro_batches or not self.recipe.storage.exact  # the sum of a sketch, decoded moments
+            return (m + n) * (4 if how is None else how.rank) + (3 * m * n // self.layout.takers if formed else 0)
         exact = self.refresh and how.method == "svd" and self.fresh is None
         decoded = 1 if self.recipe.storage.exact else 2
         return m * n if exact else (m + n) * how.rank * decoded
