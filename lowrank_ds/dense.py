@@ -94,10 +94,16 @@ class Update:
 
     def down(self, side, basis: dict[str, Tensor]) -> Steps:
         """Its coordinates (kept, r) in a basis."""
-        entries = torch.empty(self.job.layout.numel, device=self.job.weight.device)
-        for chunk in chunks(self.job):
-            chunk.of(entries).copy_(self.of(chunk))
-        return (yield from side.down(entries, basis, False))[0]
+        left, basis = isinstance(side, Left), basis["projector"]
+        lines = self.job.layout.cols if left else self.job.layout.rows
+        coords = torch.zeros(lines, side.rank, device=self.job.weight.device)
+        for piece in jobs.pieces(self.job):  # larger than what is in a cache: these are products of matrices
+            update = self.of(piece)
+            if left:
+                coords[piece.cols].addmm_(update.T, basis[piece.rows])
+            else:
+                coords[piece.rows].addmm_(update, basis[piece.cols])
+        return (yield from side.lines_axis.complete(coords))
 
 
 @dataclass

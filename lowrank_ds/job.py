@@ -66,8 +66,9 @@ class Job:
         """
         m, n = self.layout.shape
         how = self.recipe.subspace
-        if how is None:  # sums of rows and columns, and the blocks at work
-            return 4 * (m + n)
+        if how is None or self.recipe.momentum is not None:  # sums of rows and columns; coordinates
+            formed = self.micro_batches or not self.recipe.storage.exact  # the sum of a sketch, decoded moments
+            return (m + n) * (4 if how is None else how.rank) + (3 * m * n // self.layout.takers if formed else 0)
         if self.refresh and how.method != "gaussian" and self.fresh is None:
             return m * n if how.method == "svd" else 2 * (m + n) * (how.rank + how.oversample)
         return (m + n) * how.rank * (1 if self.recipe.storage.exact else 2)

@@ -116,17 +116,20 @@ def stochastic_round(x: Tensor, key: tuple, first: int, stride: int | None = Non
     row, column = (0, first) if stride is None else divmod(first, stride)
     # two rows share a word: its low half is the noise of the even one, the high half that of the odd one
     noise = Noise(key, slice(row // 2, (row + count + 1) // 2), slice(column, column + width), x.device)
-    for part in _row_chunks(count, width, x.device):
+    parts = list(_row_chunks(count, width, x.device))
+    most = max((part.stop - part.start for part in parts), default=0)
+    # room for all that happens to a chunk, an odd first or last row included; used again, it costs no page faults
+    halves, spare = (torch.empty(most + 2, width, dtype=torch.int32, device=x.device) for _ in range(2))
+    for part in parts:
         start, stop = row + part.start, row + part.stop
         words = noise.words(slice(start // 2 - row // 2, (stop + 1) // 2 - row // 2))
-        halves = torch.empty(words.shape[0], 2, width, dtype=torch.int32, device=x.device)
-        torch.bitwise_and(words, 0xFFFF, out=halves[:, 0])
-        torch.bitwise_and(words.bitwise_right_shift_(16), 0xFFFF, out=halves[:, 1])
+        torch.bitwise_and(words, 0xFFFF, out=halves[0 : 2 * len(words) : 2])
+        torch.bitwise_and(words.bitwise_right_shift_(16), 0xFFFF, out=halves[1 : 2 * len(words) : 2])
         bits = lines[part].contiguous().view(torch.int32)
-        sums = halves.view(-1, width)[start % 2 : start % 2 + stop - start].add_(bits)
+        sums = halves[start % 2 : start % 2 + stop - start].add_(bits)
         # only a NaN with all bits set can overflow, and change its sign: then all bits are set again
-        sums.bitwise_or_(torch.bitwise_xor(sums, bits).bitwise_right_shift_(31))
-        out[part].view(torch.int16).copy_(sums.bitwise_right_shift_(16))
+        changed = torch.bitwise_xor(sums, bits, out=spare[: stop - start]).bitwise_right_shift_(31)
+        out[part].view(torch.int16).copy_(sums.bitwise_or_(changed).bitwise_right_shift_(16))
     return out.view(x.shape)
 
 

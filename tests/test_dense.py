@@ -116,7 +116,7 @@ def steps(
 
 @pytest.mark.parametrize(("cls", "options"), cells(), ids=str)
 def test_a_step_makes_no_second_matrix(cls: type, options: dict) -> None:
-    """Temporaries of a step are at most 1.2 matrices; a quarter of one where the second moment is factored."""
+    """Temporaries of a step are a part of a matrix, whatever the rule."""
     p = nn.Parameter(torch.ones(2048, 1024) * 0.1)
     optimizer = cls([("w", p)], **options)
     for t in range(2):
@@ -130,9 +130,7 @@ def test_a_step_makes_no_second_matrix(cls: type, options: dict) -> None:
         tracker.name_model(nn.ParameterList([p]), optimizer)
         found = tracker.peak().own["other"] / p.nbytes
         print(f"{found:.3f}")
-        # coordinates and the like are (2048 + 1024) x 32 numbers, 0.05 of it
-        dense_update = options.get("rank") is not None and options.get("factorize_second_moment") is False
-        assert 0 < found <= (1.2 if dense_update else 0.35)
+        assert 0 < found <= 0.5  # coordinates and the like are (2048 + 1024) x 32 numbers, 0.05 of it
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
