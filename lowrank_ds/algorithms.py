@@ -19,7 +19,7 @@ from lowrank_ds.subspace import Subspace
 
 _ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0, "correct_bias": True,
           "compile": False}  # fmt: skip
-_SVD = {"rank": 128, "update_proj_gap": 200, "subspace": "svd"}
+_BASIS = {"rank": 128, "update_proj_gap": 200, "subspace": None}
 _ADAFACTOR = {
     "lr": None, "eps": (1e-30, 1e-3), "clip_threshold": 1.0, "decay_rate": -0.8, "beta1": None, "weight_decay": 0.0,
     "scale_parameter": True, "relative_step": None, "warmup_init": False,
@@ -32,7 +32,8 @@ _WHOLE = {"rank": None} | {
 def _subspace(group: Mapping[str, Any], every: str = "update_proj_gap", **fixed: Any) -> Subspace | None:
     if group["rank"] is None:
         return None
-    chosen = {"method": group.get("subspace", "gaussian"), "every": group[every]}
+    method = group.get("subspace", "gaussian") or ("svd" if group["proj_type"] == "full" else "power")
+    chosen = {"method": method, "every": group[every]}
     shared = {
         k: group[k] for k in ("rank", "proj_type", "on_refresh", "oversample", "cold_every", "stagger") if k in group
     }
@@ -51,7 +52,7 @@ def _subspace(group: Mapping[str, Any], every: str = "update_proj_gap", **fixed:
             '"power" and a proj_type other than "full", or leave lazy_refresh out.'
         )
     if how.proj_type == "full" and how.method != "svd":
-        raise ValueError('proj_type="full" projects both sides and needs subspace="svd".')
+        raise ValueError('proj_type="full" projects both sides and needs subspace="svd". Leave subspace out.')
     return how
 
 
@@ -147,10 +148,11 @@ class GaLoreAdamW(_AdamW):
     W <- (1 - eta wd) W - eta scale N B^T.
 
     Options: lr, betas, eps (added to the uncorrected sqrt(v)), weight_decay, rank, update_proj_gap (T), scale,
-    proj_type ("std" compresses the shorter side; "reverse_std", "right", "left"; "full" both), subspace, on_refresh.
+    proj_type ("std" compresses the shorter side; "reverse_std", "right", "left"; "full" both), subspace (left out:
+    "power", with proj_type="full" "svd"; the package: "svd"), on_refresh.
     """
 
-    OPTIONS = {**_ADAMW, **_SVD, "scale": 0.25, **COMMON}
+    OPTIONS = {**_ADAMW, **_BASIS, "scale": 0.25, **COMMON}
 
     @classmethod
     def recipe(cls, group: Mapping[str, Any]) -> Recipe:
@@ -191,7 +193,7 @@ class GaLoreAdafactor(_Adafactor):
     of the update before the learning rate, max(eps, RMS(W)) included (the package: lr too; equal while lr is constant).
     """
 
-    OPTIONS = {**_ADAFACTOR, **_SVD, "scale": 0.25, **COMMON}
+    OPTIONS = {**_ADAFACTOR, **_BASIS, "scale": 0.25, **COMMON}
 
     @classmethod
     def recipe(cls, group: Mapping[str, Any]) -> Recipe:
@@ -213,7 +215,7 @@ class FiraAdamW(_AdamW):
     Options: as GaLoreAdamW with alpha in place of scale; scaling ("column" or "matrix"), limiter (growth, 1.01).
     """
 
-    OPTIONS = {**_ADAMW, **_SVD, "alpha": 0.25, "residual": "code", "scaling": "column", "limiter": 1.01, **COMMON}
+    OPTIONS = {**_ADAMW, **_BASIS, "alpha": 0.25, "residual": "code", "scaling": "column", "limiter": 1.01, **COMMON}
 
     @classmethod
     def recipe(cls, group: Mapping[str, Any]) -> Recipe:
@@ -236,7 +238,7 @@ class ApolloAdamW(_AdamW):
     """
 
     OPTIONS = {
-        **_ADAMW, **_SVD, "subspace": "gaussian", "scale": 1.0, "scale_type": "channel", "scale_front": False,
+        **_ADAMW, **_BASIS, "subspace": "gaussian", "scale": 1.0, "scale_type": "channel", "scale_front": False,
         "disable_nl": False, **COMMON,
     }  # fmt: skip
     ALIASES = {"proj": lambda v: ("subspace", {"random": "gaussian"}.get(v, v))}

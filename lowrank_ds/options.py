@@ -71,7 +71,10 @@ CHECKS: dict[str, Check] = {
     "scale": _POSITIVE,
     "alpha": _POSITIVE,
     "proj_type": _choice("std", "reverse_std", "right", "left", "full"),
-    "subspace": _choice("svd", "randomized", "power", "gaussian"),
+    "subspace": (
+        (lambda v: v in (None, "svd", "randomized", "power", "gaussian")),
+        "one of 'svd', 'randomized', 'power', 'gaussian', or null for what fits",
+    ),
     "on_refresh": _choice("keep", "rotate", "reset"),
     "residual": _choice("code", "paper"),
     "scaling": _choice("column", "matrix"),

@@ -519,12 +519,13 @@ def test_lazy_refresh_is_refused_without_a_basis_to_compare() -> None:
 
 # -- bytes ------------------------------------------------------------------------------------------------------------
 def bytes_and_size(shape: tuple[int, ...], **options) -> int:
-    """Bytes of state of one parameter, less the 0-d tensors."""
+    """Bytes of state of one parameter, less the 0-d tensors and the three numbers of `captured`."""
     weight = torch.nn.Parameter(torch.zeros(shape))
     optimizer = lowrank_ds.GaLoreAdamW([("w", weight)], **options)
     optimizer.init_state()
-    scalars = sum(4 for t in optimizer.state[weight].values() if t.dim() == 0)
-    return lowrank_ds.state_bytes(optimizer) - scalars
+    state = optimizer.state[weight]
+    small = sum(t.nbytes for name, t in state.items() if t.dim() == 0 or name == "captured")
+    return lowrank_ds.state_bytes(optimizer) - small
 
 
 def test_state_bytes_are_as_computed() -> None:

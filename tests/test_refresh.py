@@ -256,3 +256,15 @@ def test_the_state_is_there_from_the_start() -> None:
     assert optimizer.state[weight]["captured"].tolist() == [0.0, 0.0, 0.0]
     with pytest.raises(ValueError, match="cold_every must be a whole number of refreshes >= 1; got 0"):
         lowrank_ds.FiraAdamW([{"params": [weight], "rank": 4, "cold_every": 0}])
+
+
+def test_what_is_taken_when_nothing_is_said() -> None:
+    def method(cls: type, **options: object) -> str:
+        return cls.recipe({**cls.OPTIONS, "lr": 1e-3, **options}).subspace.method
+
+    for cls in (GaLoreAdamW, lowrank_ds.GaLoreAdafactor, lowrank_ds.FiraAdamW, lowrank_ds.QGaLore):
+        assert method(cls) == "power"
+    assert method(GaLoreAdamW, proj_type="full") == "svd"
+    assert method(lowrank_ds.ApolloAdamW) == method(lowrank_ds.Flora) == "gaussian"
+    with pytest.raises(ValueError, match='proj_type="full" projects both sides and needs subspace="svd". Leave'):
+        method(GaLoreAdamW, proj_type="full", subspace="power")

@@ -13,7 +13,7 @@ from tests.cluster import batches, quiet_deepspeed, share, tiny_llama
 STEPS = 12
 GAP = 5  # refreshes at steps 0, 5 and 10
 
-# One row per recipe: (class, settings). rank 8 < every matrix' smaller side (12).
+# One row per recipe: (class, settings). rank 8 < every matrix' smaller side (12). Exact bases where no other is named.
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "galore": ("GaLoreAdamW", {"update_proj_gap": GAP}),
     "galore right": ("GaLoreAdamW", {"update_proj_gap": GAP, "proj_type": "right", "weight_decay": 0.1}),
@@ -48,7 +48,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 def settings_of(recipe: str, **more: Any) -> tuple[str, dict[str, Any]]:
     """(class name, constructor settings) of a row of RECIPES."""
     name, own = RECIPES[recipe]
-    return name, {"lr": 1e-2, "rank": 8, **own, **more}
+    exact = {"subspace": "svd"} if name.startswith(("GaLore", "Fira")) else {}
+    return name, {"lr": 1e-2, "rank": 8, **exact, **own, **more}
 
 
 def build(recipe: str, model: torch.nn.Module, **more: Any) -> torch.optim.Optimizer:

@@ -58,8 +58,6 @@ def build(row: str, model: torch.nn.Module, rank: int, gap: int, **more: Any) ->
     settings = {"lr": 1e-2, "rank": rank, **settings, **more}
     if settings["rank"] is None:
         settings.pop("exclude", None)
-    if cls.OPTIONS.get("subspace") == "svd" and settings["rank"]:
-        settings["subspace"] = "randomized"  # exact SVDs would take longer than the rest
     interval = "kappa" if "kappa" in cls.OPTIONS else "update_proj_gap"
     return cls(model.named_parameters(), **{interval: gap}, **settings)
 
