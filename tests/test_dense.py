@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 import lowrank_ds
 from lowrank_ds import dense
+from lowrank_ds.bench.tracking import Tracker
 from lowrank_ds.job import Job
 from lowrank_ds.layout import Flat
 from lowrank_ds.projection import Left, Right
 from lowrank_ds.recipe import Recipe
 from lowrank_ds.requests import finish_alone
 from lowrank_ds.rules import Adafactor
-from lowrank_ds.bench.tracking import Tracker
 
 SHAPE = (1024, 300)  # several blocks: they hold 2^17 entries
 PLAIN = {"rank": None}

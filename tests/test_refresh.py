@@ -10,11 +10,11 @@ from torch import Tensor
 
 import lowrank_ds
 from lowrank_ds import GaLoreAdamW, linalg
+from lowrank_ds.bench.tracking import Tracker
 from lowrank_ds.layout import Flat
 from lowrank_ds.projection import choose
 from lowrank_ds.requests import finish_alone
 from lowrank_ds.subspace import Sharded, Subspace, factorize, is_cold
-from lowrank_ds.bench.tracking import Tracker
 
 SHAPES = [(192, 640), (640, 192), (300, 300)]
 SPECTRA = {
