@@ -124,7 +124,8 @@ class LowRankOptimizer(BoundGroups):
         if self._in_backward is None:
             self._errors.clear()  # of a step that raised something else
         self._copies.clear()  # of an update that raised: written back now they would undo what came since
-        self._fold(place for place in places if self._sketches(*place))
+        if self._compresses():
+            self._fold(place for place in places if self._sketches(*place))
         work = [item for group, index in places for item in self._work(group, index)]
         if not work:
             self._raise_errors()

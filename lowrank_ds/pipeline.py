@@ -22,6 +22,7 @@ from lowrank_ds import accumulate, dense, linalg, lowbit, observe
 from lowrank_ds.axis import ENTRIES, SCALAR, Stored
 from lowrank_ds.job import (
     Job,
+    look,
     pieces,
     subtract_elementwise,
     weight_square_sum,
@@ -238,11 +239,12 @@ def _basis(job: Job, side) -> Steps:
 
 def _live(job: Job, peaks: Tensor) -> Tensor:
     """1.0 if the whole gradient can be used, 0.0 if not (then it is counted), on the device."""
-    largest = peaks.max()
+    largest = peaks.max() if peaks.numel() > 1 else peaks.view(())
     if job.micro_batches:
         largest = torch.maximum(largest, job.state["accumulated_peak"])
-    job.live = live = linalg.is_usable(largest).float()
-    job.state["skipped"].add_(1 - live)
+    job.live = live = look(linalg.is_usable(largest).float())
+    if not getattr(live, "known", False):
+        job.state["skipped"].add_(1 - live)
     if job.observe is not None:
         job.observe.note(skipped=1 - live, steps=1.0)
     return live

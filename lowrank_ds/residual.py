@@ -35,7 +35,7 @@ def limit_growth(norm: Tensor, previous: Tensor, growth: float, live: Tensor) ->
     factor = (previous + 1e-8).mul_(growth).div_(norm).clamp_max_(1.0)
     limited = norm * factor
     usable = (limited > 0).logical_and_(limited < math.inf).logical_and_(live)
-    previous.copy_(torch.where(usable, limited, previous))
+    torch.where(usable, limited, previous, out=previous)
     return factor
 
 

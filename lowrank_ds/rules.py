@@ -48,12 +48,11 @@ class Adam:
     def subtract(self, target: Tensor, x: Tensor, state: dict[str, Tensor], live: Tensor, size: float) -> None:
         """target <- target - size N, both of x's shape, and the moments moved, all in place. Nothing when not live."""
         if not self.compiled and _has_fused_kernel(target, x):
-            # after so many steps the kernel's own bias correction is 1, and eps is added where ours is
-            never, long_ago = 1 - live, live.new_full((), 1e12)
+            dead = None if getattr(live, "known", False) else 1 - live
             torch._fused_adam_(
-                [target], [x], [state["exp_avg"].view_as(x)], [state["exp_avg_sq"].view_as(x)], [], [long_ago], lr=size,
-                beta1=self.betas[0], beta2=self.betas[1], weight_decay=0.0, eps=self.eps, amsgrad=False,
-                maximize=False, found_inf=never,
+                [target], [x], [state["exp_avg"].view_as(x)], [state["exp_avg_sq"].view_as(x)], [], [_long_ago(x)],
+                lr=size, beta1=self.betas[0], beta2=self.betas[1], weight_decay=0.0, eps=self.eps, amsgrad=False,
+                maximize=False, found_inf=dead,
             )  # fmt: skip
             return
         move = _compiled_moments() if self.compiled else _moments
@@ -72,6 +71,18 @@ def _has_fused_kernel(target: Tensor, x: Tensor) -> bool:
     """Whether torch's kernel takes them: it reads and writes everything once (the formula below: about ten times)."""
     known = x.device.type in ("cpu", "cuda") and hasattr(torch, "_fused_adam_")
     return known and x.dtype == target.dtype == torch.float32 and x.is_contiguous() and target.is_contiguous()
+
+
+def _long_ago(x: Tensor) -> Tensor:
+    """After so many steps (0-d) the kernel's own bias correction is 1, and eps is added where ours is."""
+    if type(x) is not Tensor:  # a planner's fake tensors
+        return x.new_full((), 1e12)
+    if x.device not in _STEPS:
+        _STEPS[x.device] = x.new_full((), 1e12)
+    return _STEPS[x.device]
+
+
+_STEPS: dict[torch.device, Tensor] = {}
 
 
 def _moments(

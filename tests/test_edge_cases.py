@@ -218,15 +218,18 @@ def test_matricize_flatten_makes_one_matrix_of_a_stack() -> None:
 
 
 def test_bf16_weights_round_stochastically_and_keep_fp32_state() -> None:
-    """Updates far below half a bf16 ulp still arrive on average; with rounding to nearest nothing moves."""
-    grads = [torch.ones(12, 8).bfloat16() + torch.eye(12, 8).bfloat16()] * 40
+    """Updates far below half a bf16 ulp still arrive on average; with rounding to nearest nothing moves.
+
+    (Over 9600 entries the mean of the rounding is some percent of the movement, whatever is drawn.)
+    """
+    grads = [torch.ones(120, 80).bfloat16() + torch.eye(120, 80).bfloat16()] * 40
     options = {"update_proj_gap": 100, "rank": 8, "scale": 1.0, "lr": 1e-4}
-    start = torch.ones(12, 8).bfloat16()
+    start = torch.ones(120, 80).bfloat16()
     moved, optimizer = run(GaLoreAdamW, options, grads, start)
     exact, _ = run(GaLoreAdamW, options, [g.float() for g in grads], start.float())
     stuck, _ = run(GaLoreAdamW, {**options, "stochastic_rounding": False}, grads, start)
     assert torch.equal(stuck, start)
-    assert abs((moved.float() - exact).mean()) < 0.2 * abs((exact - 1).mean())
+    assert abs((moved.float() - exact).mean()) < 0.1 * abs((exact - 1).mean())
     state = optimizer.state_dict()["state"][0]
     assert all(t.dtype == torch.float32 for t in state.values())
 
