@@ -35,6 +35,11 @@ def within(part: Span, whole: Span) -> slice:
     return slice(part[0] - whole[0], part[1] - whole[0])
 
 
+def part_of(x: Tensor, lines: slice) -> Tensor:
+    """x[lines]; x itself where that is all of it (a view costs as much as a small product)."""
+    return x if lines.start == 0 and lines.stop == x.shape[0] else x[lines]
+
+
 @dataclass(frozen=True, eq=False)
 class Axis:
     """`total` lines divided among ranks.

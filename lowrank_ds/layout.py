@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_ds.axis import Axis, Span
+from lowrank_ds.axis import Axis, Span, part_of
 from lowrank_ds.requests import Exchange, Steps
 
 _COPY, _COPY_CPU = 1 << 24, 1 << 20  # entries of an fp32 copy: 64 MiB, 4 MiB (fewer make the products slow)
@@ -47,7 +47,8 @@ class Block(NamedTuple):
 
     def of(self, entries: Tensor) -> Tensor:
         """The rectangle as a 2-D view of 1-D `entries`."""
-        return entries[self.entries].view(self.rows.stop - self.rows.start, self.cols.stop - self.cols.start)
+        held = part_of(entries, self.entries)
+        return held.view(self.rows.stop - self.rows.start, self.cols.stop - self.cols.start)
 
     def split(self, size: int) -> Iterator[Block]:
         """Blocks of whole rows of this one, with at most `size` entries (or one row)."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_ds.axis import Axis
+from lowrank_ds.axis import Axis, part_of
 from lowrank_ds.layout import Layout
 from lowrank_ds.requests import Steps, Sum
 
@@ -38,4 +38,4 @@ class Lines:
     def weighted_sums(self, quantities: tuple[Tensor, ...], weights: Tensor) -> Steps:
         """Each of k complete per-line quantities (lines,) times `weights` (lines,), summed over all lines: (k,)."""
         own = self.axis.owned
-        return (yield Sum(torch.stack([x[own] for x in quantities]) @ weights[own]))
+        return (yield Sum(torch.stack([part_of(x, own) for x in quantities]) @ part_of(weights, own)))

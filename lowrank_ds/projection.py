@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lowrank_ds import linalg
-from lowrank_ds.axis import Axis
+from lowrank_ds.axis import Axis, part_of
 from lowrank_ds.layout import Block, Layout
 from lowrank_ds.lines import Lines
 from lowrank_ds.requests import Gather, Steps, Sum
@@ -94,13 +94,42 @@ class OneSided:
         """The touched rows of the basis that are counted here."""
         raise NotImplementedError
 
+    def _parts(self, block: Block) -> tuple[slice, slice]:
+        """The lines of a block and the rows of the basis that go with it."""
+        raise NotImplementedError
+
+    def _by_lines(self, g: Tensor) -> Tensor:
+        """A block of G with a line in each row."""
+        raise NotImplementedError
+
+    def _squares(self, g: Tensor) -> Tensor:
+        """Sums of squares of the lines of a block."""
+        raise NotImplementedError
+
+    def down(self, source: Tensor, basis: Basis, squares: bool) -> Steps:
+        """Entries (numel,) to coordinates (kept, r) and, if asked, squared norms of the lines (kept,)."""
+        pieces, stored = tuple(self.layout.fp32_pieces(source)), basis["projector"]
+        if len(pieces) == 1 and self.layout.dense:
+            g = pieces[0].of(source).float()
+            coords, norms = torch.mm(self._by_lines(g), stored), self._squares(g) if squares else None
+        else:
+            touched = self.lines_axis.window.stop - self.lines_axis.window.start
+            coords = source.new_zeros(touched, self.rank, dtype=torch.float32)
+            norms = coords.new_zeros(touched) if squares else None
+            for piece in pieces:
+                g, (lines, across) = piece.of(source).float(), self._parts(piece)
+                coords[lines].addmm_(self._by_lines(g), stored[across])
+                if squares:
+                    norms[lines] += self._squares(g)
+        return (yield from self._complete(coords, norms))
+
     def _complete(self, coords: Tensor, norms: Tensor | None) -> Steps:
-        """Total coordinates (touched, r) and, if given, norms (touched, 1) over the ranks, in one message."""
+        """Total coordinates (touched, r) and, if given, norms (touched,) over the ranks, in one message."""
         if norms is None:
             return (yield from self.lines_axis.complete(coords)), None
         if not self.lines_axis.crossed:
-            return coords, norms[:, 0]
-        joined = yield from self.lines_axis.complete(torch.cat([coords, norms], 1))
+            return coords, norms
+        joined = yield from self.lines_axis.complete(torch.cat([coords, norms.unsqueeze(1)], 1))
         return joined[:, :-1].contiguous(), joined[:, -1]
 
 
@@ -132,23 +161,21 @@ class Right(OneSided):
     def _counted_rows(self) -> slice:
         return self.layout.owned_cols
 
-    def down(self, source: Tensor, basis: Basis, squares: bool) -> Steps:
-        """Entries (numel,) to coordinates (kept, r) and, if asked, squared norms of the lines (kept,)."""
-        coords = source.new_zeros(self.layout.rows, self.rank, dtype=torch.float32)
-        norms = coords.new_zeros(self.layout.rows, 1) if squares else None
-        for block in self.layout.fp32_pieces(source):
-            g = block.of(source).float()
-            torch.mm(g, basis["projector"][block.cols], out=coords[block.rows])
-            if squares:
-                norms[block.rows, 0] = linalg.row_square_sums(g)
-        return (yield from self._complete(coords, norms))
+    def _parts(self, block: Block) -> tuple[slice, slice]:
+        return block.rows, block.cols
+
+    def _by_lines(self, g: Tensor) -> Tensor:
+        return g
+
+    def _squares(self, g: Tensor) -> Tensor:
+        return linalg.row_square_sums(g)
 
     def terms(self, block: Block, basis: Basis, factor: Tensor | None, direction: Tensor | None):
         """(row or column factor, left, right) so that the block's update is factor o G + left right^T."""
-        scale = None if factor is None else factor[block.rows].unsqueeze(1)
-        return (
-            (scale, None, None) if direction is None else (scale, direction[block.rows], basis["projector"][block.cols])
-        )
+        scale = None if factor is None else part_of(factor, block.rows).unsqueeze(1)
+        if direction is None:
+            return scale, None, None
+        return scale, part_of(direction, block.rows), part_of(basis["projector"], block.cols)
 
 
 class Left(OneSided):
@@ -177,23 +204,21 @@ class Left(OneSided):
     def _counted_rows(self) -> slice:
         return self.layout.owned_rows
 
-    def down(self, source: Tensor, basis: Basis, squares: bool) -> Steps:
-        """Entries (numel,) to coordinates (kept, r) and, if asked, squared norms of the lines (kept,)."""
-        coords = source.new_zeros(self.layout.cols, self.rank, dtype=torch.float32)
-        norms = coords.new_zeros(self.layout.cols, 1) if squares else None
-        for block in self.layout.fp32_pieces(source):
-            g = block.of(source).float()
-            coords[block.cols].addmm_(g.T, basis["projector"][block.rows])
-            if squares:
-                norms[block.cols, 0] += linalg.column_square_sums(g)
-        return (yield from self._complete(coords, norms))
+    def _parts(self, block: Block) -> tuple[slice, slice]:
+        return block.cols, block.rows
+
+    def _by_lines(self, g: Tensor) -> Tensor:
+        return g.T
+
+    def _squares(self, g: Tensor) -> Tensor:
+        return linalg.column_square_sums(g)
 
     def terms(self, block: Block, basis: Basis, factor: Tensor | None, direction: Tensor | None):
         """(row or column factor, left, right) so that the block's update is factor o G + left right^T."""
-        scale = None if factor is None else factor[block.cols]
-        return (
-            (scale, None, None) if direction is None else (scale, basis["projector"][block.rows], direction[block.cols])
-        )
+        scale = None if factor is None else part_of(factor, block.cols)
+        if direction is None:
+            return scale, None, None
+        return scale, part_of(basis["projector"], block.rows), part_of(direction, block.cols)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowrank_ds import accumulate, engines, params, pipeline
-from lowrank_ds.axis import SCALAR, Stored
+from lowrank_ds.axis import SCALAR, Stored, part_of
 from lowrank_ds.engines.placement import Placement
 from lowrank_ds.int8_tensor import Int8Weight
 from lowrank_ds.layout import Flat, Layout
@@ -89,7 +89,7 @@ class Slot:
 
     def entries(self, flat: Tensor) -> Tensor:
         """This rank's entries (numel,) out of the tensor's flattened entries."""
-        return flat[self.start : self.start + self.layout.numel]
+        return part_of(flat, slice(self.start, self.start + self.layout.numel))
 
 
 def bind(
