@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,11 +108,17 @@ def pieces(job: Job) -> Iterator[Block]:
 
 
 def subtract_elementwise(job: Job, piece: Block, state: dict[str, Tensor], live: Tensor) -> None:
-    """An element-wise rule's whole step on `piece`: its moments there (entries,) and its weights, in place."""
+    """An element-wise rule's whole step on `piece`: its moments there (entries,) and its weights, in place.
+
+    With `Recipe.decay_last` the update is decayed too.
+    """
     rule, weight, grad = job.recipe.rule, _loaded(job, piece), job.grad[piece.entries].float()
-    if job.weight_decay:
+    size, last = job.lr * rule.correction(job.step), job.recipe.decay_last
+    if job.weight_decay and not last:
         weight.mul_(_keep(job, None))
-    rule.subtract(weight.view(-1), grad, state, live, job.lr * rule.correction(job.step))
+    rule.subtract(weight.view(-1), grad, state, live, size)
+    if job.weight_decay and last:
+        weight.mul_(_keep(job, None))
     _round_back(job, weight, piece)
 
 
@@ -137,7 +143,7 @@ def write_piece(job: Job, piece: Block, update: Tensor, step_size: float, scale:
 
 def write(job: Job, side, basis, source: Tensor, factor, direction, step_size: float, scale, live: Tensor) -> None:
     """W <- (1 - lr scale wd) W - step_size * (factor o source + direction B^T), block by block, in place."""
-    for block in job.layout.blocks if _in_place(job) else job.layout.fp32_pieces(job.weight):
+    for block in _to_write(job):
         weight = _loaded(job, block)
         lines, left, right = side.terms(block, basis, factor, direction)
         keep = _keep(job, scale) if job.weight_decay else 1.0
@@ -149,6 +155,13 @@ def write(job: Job, side, basis, source: Tensor, factor, direction, step_size: f
         if lines is not None:
             _subtract_scaled(weight, block.of(source), lines, step_size, live)
         _round_back(job, weight, block)
+
+
+def _to_write(job: Job) -> Iterable[Block]:
+    """The blocks that are written in one go: whole ones in place; else fp32 copies, small beside int8 weights."""
+    if _in_place(job):
+        return job.layout.blocks
+    return pieces(job) if isinstance(job.weight, Int8Weight) else job.layout.narrow_pieces(job.weight.device)
 
 
 def _subtract_scaled(weight: Tensor, source: Tensor, lines: Tensor, step_size: float, live: Tensor) -> None:

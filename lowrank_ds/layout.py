@@ -143,9 +143,11 @@ class Layout:
 
     def fp32_pieces(self, entries: Tensor) -> Iterable[Block]:
         """Blocks to take products with, cut so that fp32 copies of bf16 entries stay small; whole if they are fp32."""
-        if entries.dtype == torch.float32:
-            return self.blocks
-        return self.pieces(_COPY_CPU if entries.device.type == "cpu" else _COPY)
+        return self.blocks if entries.dtype == torch.float32 else self.narrow_pieces(entries.device)
+
+    def narrow_pieces(self, device: torch.device) -> Iterator[Block]:
+        """Blocks to take products with, cut so that fp32 copies stay small."""
+        return self.pieces(_COPY_CPU if device.type == "cpu" else _COPY)
 
     @cached_property
     def dense(self) -> bool:

@@ -426,4 +426,4 @@ def _coded_elementwise(job: Job, live: Tensor, names: list[str]) -> Steps:
 def _piece_update(job: Job, piece: Block, state: dict[str, Tensor], live: Tensor) -> Tensor:
     """The rule's direction (entries,) for a piece of the entries, and its moments moved in place."""
     grad = where_live(live, job.grad[piece.entries].float())
-    return where_live(live, job.recipe.rule.update(grad, state, live))
+    return job.recipe.rule.update_by_entry(grad, state, live)

@@ -55,10 +55,17 @@ class Adam:
                 maximize=False, found_inf=dead,
             )  # fmt: skip
             return
+        target.sub_(self.update_by_entry(x, state, live), alpha=size)
+
+    def update_by_entry(self, x: Tensor, state: dict[str, Tensor], live: Tensor) -> Tensor:
+        """As `update`, in operations that round an entry alike wherever it lies.
+
+        (The one kernel's vector body and its remainder do not: enough to turn a code of 8 bits.)
+        """
         move = _compiled_moments() if self.compiled else _moments
         x = torch.where(live > 0, x, 0.0)
         direction = move(x, state["exp_avg"].view_as(x), state["exp_avg_sq"].view_as(x), live, *self.betas, self.eps)
-        target.sub_(torch.where(live > 0, direction, 0.0), alpha=size)
+        return torch.where(live > 0, direction, 0.0)
 
     def correction(self, step: int) -> float:
         """The factor of the step size at step 1, 2, ..."""

@@ -401,7 +401,7 @@ def hooked(rank: int, world: int, kind: str) -> dict[str, torch.Tensor]:
     plain_names = ("norm", "embed", "lm_head")
     for name, p in model.named_parameters():
         group = {"params": [(name, p)]} | ({} if any(x in name for x in plain_names) else {"rank": 8})
-        optimizer = lowrank_ds.GaLoreAdamW([group], lr=1e-2, update_proj_gap=training.GAP, rank=None)
+        optimizer = lowrank_ds.GaLoreAdamW([group], lr=1e-2, update_proj_gap=training.GAP, rank=None, subspace="svd")
 
         def update(weight: torch.Tensor, optimizer=optimizer) -> None:
             optimizer.step()

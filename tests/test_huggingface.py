@@ -154,7 +154,7 @@ def test_what_nobody_fills_is_refused(two: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def fira() -> dict[str, torch.Tensor]:
     """One process, decay on everything, no schedule."""
-    return training.one_process("fira", weight_decay=0.1)
+    return training.one_process("fira", weight_decay=0.1, subspace="power")  # the default
 
 
 def check_accelerated(run: tuple[dict, dict], fira: dict[str, torch.Tensor]) -> None:

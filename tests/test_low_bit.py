@@ -311,7 +311,7 @@ def test_firas_residual_norm_knows_the_rounded_basis() -> None:
     lines = lowrank_ds.pipeline.Lines(layout.rows_axis, layout)
     state = {"residual_norm": torch.tensor(math.inf)}
     finish_alone(
-        residual.combine(coords, coords, grad.square().sum(1), state, lines, torch.ones(()), inside)
+        residual.combine(coords, coords.clone(), grad.square().sum(1), state, lines, torch.ones(()), inside)
     )  # phi = 1: the direction is the coordinates
     truth = (grad - coords @ basis.T).norm()
     torch.testing.assert_close(state["residual_norm"], truth, rtol=1e-5, atol=0)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_ds.subspace import CAPTURED
+
 _LEAVES = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.layout, type,
            types.ModuleType, types.FunctionType, types.BuiltinFunctionType, nn.Module)  # fmt: skip
 
@@ -64,8 +66,9 @@ def formula(name: str, shape: tuple[int, int], rank: int, itemsize: int) -> int 
     """Bytes of state of one m x n matrix; None for the packages, whose state is theirs to say.
 
     With d = min(m, n), the side that `proj_type="std"` compresses, and l = max(m, n), all in fp32: GaLore and Fira
-    keep the basis d r and two moments l r, APOLLO the moments only (its basis is drawn from a seed), Flora one
-    momentum l r and the factored second moment m + n. torch's AdamW keeps two arrays of the weights' dtype.
+    keep the basis d r, two moments l r and the three shares that block power looks at; APOLLO the moments only (its
+    basis is drawn from a seed); Flora one momentum l r and the factored second moment m + n. torch's AdamW keeps two
+    arrays of the weights' dtype.
     """
     lines, compressed = max(shape), min(shape)
     if name.startswith("torch AdamW"):
@@ -73,7 +76,7 @@ def formula(name: str, shape: tuple[int, int], rank: int, itemsize: int) -> int 
     family = name.split()[0]
     rank = min(rank, compressed)
     if family in ("GaLoreAdamW", "FiraAdamW"):
-        return 4 * rank * (compressed + 2 * lines)
+        return 4 * (rank * (compressed + 2 * lines) + CAPTURED)
     if family in ("ApolloAdamW", "ApolloMini"):
         return 4 * (1 if family == "ApolloMini" else rank) * 2 * lines
     return 4 * (rank * lines + sum(shape)) if family == "Flora" else None

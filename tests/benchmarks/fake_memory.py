@@ -28,7 +28,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 import lowrank_ds
-from lowrank_ds import job, linalg
+from lowrank_ds import job, layout, linalg
 from lowrank_ds.bench.facts import header
 from lowrank_ds.bench.tracking import Tracker, largest_two
 from lowrank_ds.engines import dtensor
@@ -93,8 +93,8 @@ def ordinary_steps_on_a_gpu() -> Any:
         patches.enter_context(mock.patch.object(dtensor, name, real))
     patches.enter_context(mock.patch.object(Slot, "read_counters", as_after_a_first_step))
     patches.enter_context(mock.patch.object(job, "_PIECE_CPU", job._PIECE))
-    for module in (job, linalg):
-        patches.enter_context(mock.patch.object(module, "_CHUNK", 1 << 62))
+    patches.enter_context(mock.patch.object(layout, "_COPY_CPU", layout._COPY))
+    patches.enter_context(mock.patch.object(linalg, "_CHUNK", 1 << 62))
     return patches
 
 
