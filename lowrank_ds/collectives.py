@@ -262,8 +262,15 @@ def run_all(tasks: Iterable[Task], device: torch.device, budget: int) -> list[An
 
     The bucket limits what is alive at once (gathered bases and directions, gradients on their way to be factorised).
     The first requests of a bucket travel while the bucket before it computes. Every rank cuts the same buckets.
+
+    Everything is computed as it is written: an autocast that is on outside (updates inside a backward that recomputes
+    activations) would make bf16 products of fp32 numbers.
     """
-    tasks = list(tasks)
+    with torch.autocast(device.type, enabled=False):
+        return _run_all(list(tasks), device, budget)
+
+
+def _run_all(tasks: list[Task], device: torch.device, budget: int) -> list[Any]:
     results: list[Any] = [None] * len(tasks)
     buckets: dict[Any, list[list[int]]] = {}
     for i, task in enumerate(tasks):
