@@ -167,7 +167,10 @@ class Full(Update):
 
     def factors(self, chunk: Block) -> tuple[Tensor, Tensor]:
         """(G, 1 / sqrt(v))."""
-        return linalg.finite_(chunk.of(self.job.grad).float()), chunk.of(self.moment).rsqrt()
+        grad = chunk.of(self.job.grad).float()
+        if not getattr(self.job.live, "known", False):
+            grad = torch.nan_to_num(grad, 0.0, 0.0, 0.0)  # not in place: it may be a view of what the user sees
+        return grad, chunk.of(self.moment).rsqrt()
 
 
 @dataclass

@@ -398,8 +398,8 @@ def _plain_adafactor(job: Job) -> Steps:
 def _elementwise(job: Job, live: Tensor) -> None:
     """Adam, SGD, in place; what needs fp32 copies piece by piece, as an embedding is the largest parameter."""
     state = {name: job.state[name].view(-1) for name in _full_shapes(job.layout, job.recipe.rule)}
-    exact = job.weight.dtype == job.grad.dtype == torch.float32
-    for piece in job.layout.blocks if exact else pieces(job):
+    whole = job.recipe.rule.makes_no_copies(job.weight, job.grad)
+    for piece in job.layout.blocks if whole else pieces(job):
         subtract_elementwise(job, piece, {name: tensor[piece.entries] for name, tensor in state.items()}, live)
 
 

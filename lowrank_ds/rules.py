@@ -47,7 +47,7 @@ class Adam:
 
     def subtract(self, target: Tensor, x: Tensor, state: dict[str, Tensor], live: Tensor, size: float) -> None:
         """target <- target - size N, both of x's shape, and the moments moved, all in place. Nothing when not live."""
-        if not self.compiled and _has_fused_kernel(target, x):
+        if self.makes_no_copies(target, x):
             dead = None if getattr(live, "known", False) else 1 - live
             torch._fused_adam_(
                 [target], [x], [state["exp_avg"].view_as(x)], [state["exp_avg_sq"].view_as(x)], [], [_long_ago(x)],
@@ -56,6 +56,10 @@ class Adam:
             )  # fmt: skip
             return
         target.sub_(self.update_by_entry(x, state, live), alpha=size)
+
+    def makes_no_copies(self, target: Tensor, x: Tensor) -> bool:
+        """Whether `subtract` makes nothing of their size, however large they are."""
+        return not self.compiled and _has_fused_kernel(target, x)
 
     def update_by_entry(self, x: Tensor, state: dict[str, Tensor], live: Tensor) -> Tensor:
         """As `update`, in operations that round an entry alike wherever it lies.
@@ -113,9 +117,13 @@ class SGD:
         """Direction of x (lines, width): x."""
         return x
 
+    def makes_no_copies(self, target: Tensor, x: Tensor) -> bool:
+        """Whether `subtract` makes nothing of their size: no, where it masks."""
+        return False
+
     def subtract(self, target: Tensor, x: Tensor, state: dict[str, Tensor], live: Tensor, size: float) -> None:
         """target <- target - size x, in place. Nothing when not live."""
-        target.sub_(torch.where(live > 0, x, 0.0), alpha=size)
+        target.sub_(x if getattr(live, "known", False) else torch.where(live > 0, x, 0.0), alpha=size)
 
     def correction(self, step: int) -> float:
         """The factor of the step size at step 1, 2, ...: none."""

@@ -69,6 +69,29 @@ def test_what_a_gpu_masks_a_cpu_skips(cls: type, options: dict, value: float, ra
 
 
 @EACH
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+@pytest.mark.parametrize("rank", [4, None])
+@pytest.mark.parametrize("unfactored", [False, True])
+def test_gradients_are_left_as_they_are(
+    cls: type, options: dict, value: float, rank: int | None, unfactored: bool
+) -> None:
+    """A step only reads `p.grad`, also one that is not usable."""
+    if unfactored:
+        if cls is not Flora:
+            return  # the others have no such option
+        options = options | {"factorize_second_moment": False}
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(12, 8))
+    optimizer = cls(
+        [("w", p)], **{"lr": 1e-2, **options, "rank": rank, **({"beta1": None} if cls is Flora and not rank else {})}
+    )
+    for grad in [*gradients(2), torch.full((12, 8), value)]:
+        p.grad = grad.clone()
+        optimizer.step()
+        assert torch.equal(p.grad.nan_to_num(7.0), grad.nan_to_num(7.0))
+
+
+@EACH
 def test_a_zero_gradient_later_does_not_lock(cls: type, options: dict) -> None:
     """A zero gradient in the middle (also at a refresh step) leaves the run able to move at its usual pace."""
     grads = gradients(12)
