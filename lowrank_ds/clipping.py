@@ -38,7 +38,7 @@ class Clip:
     def measure(self, host: Tensor) -> None:
         """Take the gradient of a tensor into the norm."""
         grad = engines.local_grad(host)
-        square = linalg.row_square_sums(grad.reshape(1, -1)).sum()
+        square = linalg.square_sum(grad.reshape(-1))
         sharers = engines.sharers(host)
         before = self._squares.get(sharers)
         self._squares[sharers] = square if before is None else before.add_(square.to(before.device))
@@ -119,7 +119,7 @@ class PerTensor(Clip):
         """See `Clip.scale`; one collective for all matrices in `work`."""
         for device in dict.fromkeys(weight.device for *_, weight in work):
             here = [(slot, grad) for slot, _, grad, weight in work if weight.device == device]
-            squares = [linalg.row_square_sums(grad.view(1, -1)) for _, grad in here]
+            squares = [linalg.square_sum(grad).view(1) for _, grad in here]
             tasks = [Task(slot.layout, ask(Sum(s)), 1, slot.name) for (slot, _), s in zip(here, squares, strict=True)]
             for (_, grad), square in zip(here, run_all(tasks, device, len(tasks)), strict=True):
                 grad.mul_((self.largest / (square.sqrt() + 1e-6)).clamp_max(1.0))

@@ -25,10 +25,6 @@ def row_square_sums(x: Tensor) -> Tensor:
     if x.shape[1] <= _WIDTH:
         return _row_norms(x).square_()
     total = x.new_zeros(x.shape[0], dtype=torch.float32)
-    folded = x.shape[1] // _WIDTH if x.is_contiguous() else 0  # rows far longer than others, a whole parameter, say
-    if folded > 1 and x.shape[0] == 1:
-        total += row_square_sums(x[0, : folded * _WIDTH].view(folded, _WIDTH)).sum()
-        x = x[:, folded * _WIDTH :]
     for part in x.split(_WIDTH, 1):
         total += _row_norms(part).square_()
     return total
@@ -70,7 +66,7 @@ def square_sum(x: Tensor) -> Tensor:
     """The sum of squares of the entries of a contiguous x, 0-d fp32. Blocked: no full-size temporary."""
     size = _CHUNK if x.device.type == "cpu" else 1 << 24
     parts = [torch.dot(part, part) for part in (part.float() for part in x.view(-1).split(size))]
-    return torch.stack(parts).sum()
+    return torch.stack(parts).sum() if parts else x.new_zeros((), dtype=torch.float32)
 
 
 def finite_(x: Tensor) -> Tensor:

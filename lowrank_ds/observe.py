@@ -47,7 +47,7 @@ def whole_gradient(job: Job, side, coords: Tensor, squares: Tensor | None, live:
     if job.grad is None or job.recipe.subspace.method == "gaussian":
         return
     owned = side.lines_axis.owned
-    whole = linalg.row_square_sums(job.grad.view(1, -1)).sum() if squares is None else squares[owned].sum()
+    whole = linalg.square_sum(job.grad) if squares is None else squares[owned].sum()
     job.observe.add(projected=coords[owned].square().sum(), gradient=where_live(live, whole))
 
 

@@ -65,7 +65,6 @@ class Subspace:
 
 
 _OTHER = {"left": "right", "right": "left"}
-_PIECE = 1 << 20  # entries of a narrow gradient in fp32 at a time
 _FULL, _LOST = 1 - 1e-6, 0.9  # see is_cold
 CAPTURED = 3  # numbers that `remember` keeps
 HISTORY = 5  # refreshes that `Subspace.lazy` looks back on, as q-galore-torch
@@ -107,13 +106,6 @@ class Sharded:
         for block in self.layout.fp32_pieces(self.entries):
             mine[block.cols].addmm_(block.of(self.entries).float().T, z[block.rows])
         return (yield Sum(out))
-
-    def square_sum(self) -> Tensor:
-        """|G|^2 of the entries held here, 0-d fp32."""
-        total = self.entries.new_zeros((), dtype=torch.float32)
-        for part in self.entries.split(_PIECE):
-            total += torch.dot(part.float(), part.float())
-        return total
 
     def across(self, x: Tensor, side: str) -> Steps:
         """The product that takes columns x on `side` to the other side."""
@@ -200,7 +192,7 @@ def _leading(rank: int, grad: Sharded, y: Tensor, side: str) -> Steps:
     corrected.
     """
     own = linalg.gram(grad.counted(y, side))
-    total = yield Sum(torch.cat([own.view(-1), grad.square_sum().double().view(1)]))
+    total = yield Sum(torch.cat([own.view(-1), linalg.square_sum(grad.entries).double().view(1)]))
     rotation, singular = linalg.leading_rotation(total[:-1].view_as(own), rank)
     basis = y @ rotation
     own = grad.counted(basis, side)
