@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowrank_ds.optimizer import LowRankOptimizer
-from lowrank_ds.options import COMMON
+from lowrank_ds.options import COMMON, settled
 from lowrank_ds.recipe import Accumulation, Momentum, Recipe, Storage
 from lowrank_ds.residual import Drop, ScaleGradient, ScaleResidual
 from lowrank_ds.rules import SGD, Adafactor, Adam
@@ -32,7 +32,7 @@ _WHOLE = {"rank": None} | {
 def _subspace(group: Mapping[str, Any], every: str = "update_proj_gap", **fixed: Any) -> Subspace | None:
     if group["rank"] is None:
         return None
-    method = group.get("subspace", "gaussian") or ("svd" if group["proj_type"] == "full" else "power")
+    method = {"subspace": "gaussian", **group, **settled(group)}["subspace"]
     chosen = {"method": method, "every": group[every]}
     shared = {
         k: group[k] for k in ("rank", "proj_type", "on_refresh", "oversample", "cold_every", "stagger") if k in group

@@ -144,11 +144,14 @@ class NamedGroups(torch.optim.Optimizer):
         options.check(own, self.OPTIONS, where)
         kept = {k: v for k, v in param_group.items() if k in options.TOLERATED}
         group = selection.prepare_group({**kept, **own}, index)
+        group |= {k: v for k, v in options.settled({**self.defaults, **group}).items() if k in self.OPTIONS}
         complete = {**self.defaults, **group}
         try:
             self.check_group(complete)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
+        for sentence in options.idle(complete, self.OPTIONS) if complete["rank"] is not None else ():
+            logger.warning("%s: %s", where, sentence)
         known = dict(self._originals)
         self._remember(group, where)
         if not self._building:

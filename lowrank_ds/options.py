@@ -173,3 +173,26 @@ def check(options: Mapping[str, Any], known: Mapping[str, Any], where: str) -> N
             raise ValueError(f'{where}: {name} is "auto", which only Hugging Face\'s Trainer fills in; give a value.')
         if not accept(value):
             raise ValueError(f"{where}: {name} must be {meaning}; got {value!r}.")
+
+
+def settled(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What options that a group leaves open (None) come to mean in it."""
+    if "subspace" in group and group["subspace"] is None:
+        return {"subspace": "svd" if group["proj_type"] == "full" else "power"}
+    return {}
+
+
+_USED_WITH = {  # options that only some choices read
+    "oversample": (lambda group: group.get("subspace") in ("randomized", "power"), 'subspace="randomized" or "power"'),
+    "cold_every": (lambda group: group.get("subspace") == "power", 'subspace="power"'),
+    "lazy_threshold": (lambda group: group.get("lazy_refresh"), "lazy_refresh=True"),
+}
+
+
+def idle(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """A sentence for each option of a projected group that differs from its default and that nothing there reads."""
+    return [
+        f"{name}={group[name]!r} has no effect: only {what} uses it. Leave it out, or choose that."
+        for name, (used, what) in _USED_WITH.items()
+        if name in group and group[name] != defaults.get(name) and not used(group)
+    ]

@@ -226,6 +226,36 @@ def test_state_of_another_run_is_refused_when_loaded(saved, message: str) -> Non
     assert before == {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
 
 
+@pytest.mark.parametrize(("options", "method"), [({}, "power"), ({"proj_type": "full"}, "svd")])
+def test_groups_name_the_subspace_they_have(options: dict, method: str) -> None:
+    """Left open, it is shown; state moves between an optimizer that names it and one that does not."""
+    state = trained_state(GaLoreAdamW, **options)
+    assert {group["subspace"] for group in state["param_groups"]} == {method}
+    named = GaLoreAdamW(param_groups(model(), rank=2, subspace=method, **options), lr=1e-3, subspace=method, **options)
+    named.load_state_dict(state)
+    other = "svd" if method == "power" else "power"
+    if not options:
+        with pytest.raises(ValueError, match=f"subspace is '{method}', but this optimizer was built with '{other}'"):
+            GaLoreAdamW(param_groups(model(), rank=2), lr=1e-3, subspace=other).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"subspace": "svd", "cold_every": 3}, 'cold_every=3 has no effect: only subspace="power" uses it'),
+        ({"subspace": "gaussian", "oversample": 4}, "oversample=4 has no effect"),
+        ({"lazy_threshold": 0.9}, "lazy_threshold=0.9 has no effect: only lazy_refresh=True uses it"),
+        ({"subspace": "power", "cold_every": 3, "oversample": 4}, None),
+        ({"lazy_threshold": 0.9, "lazy_refresh": True}, None),
+    ],
+)
+def test_options_that_nothing_reads_are_told(options: dict, sentence: str | None, caplog) -> None:
+    """An option that the other choices leave idle is warned about, with what would use it."""
+    GaLoreAdamW(named(), lr=1e-3, rank=2, **options)
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert (sentence is None and not told) or (len(told) == 1 and sentence in told[0]), told
+
+
 STATES = [
     (
         lambda: trained_state(GaLoreAdamW, rank=3),
