@@ -200,10 +200,10 @@ class LowRank(NamedTuple):
 
 def write(job: Job, update: Update, size: Tensor, scale: Tensor | None, more: LowRank | None = None) -> None:
     """W <- (1 - lr scale wd) W - lr (size U + direction B^T), block by block, in place. size 0-d."""
-    for block in job.layout.blocks if jobs._in_place(job) else jobs.pieces(job):
-        weight = jobs._loaded(job, block)
+    for block in jobs.to_write(job):
+        weight = jobs.loaded(job, block)
         if job.weight_decay:
-            weight.mul_(jobs._keep(job, scale))
+            weight.mul_(jobs.kept(job, scale))
         if more is not None:
             _, left, right = more.side.terms(block, more.basis, None, more.direction)
             weight.addmm_(left.to(weight.dtype), right.T.to(weight.dtype), alpha=-job.lr)
@@ -211,4 +211,4 @@ def write(job: Job, update: Update, size: Tensor, scale: Tensor | None, more: Lo
             rows = slice(chunk.rows.start - block.rows.start, chunk.rows.stop - block.rows.start)
             left, right = (part.to(weight.dtype) for part in update.factors(chunk))
             weight[rows].addcmul_(left, right * size, value=-job.lr)
-        jobs._round_back(job, weight, block)
+        jobs.round_back(job, weight, block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,7 @@ def _host_sees(live: Tensor) -> bool:
     return type(live) is Tensor and live.device.type == "cpu"
 
 
-def _keep(job: Job, scale: Tensor | None) -> float | Tensor:
+def kept(job: Job, scale: Tensor | None) -> float | Tensor:
     """1 - lr * weight_decay, the decoupled decay (torch.optim.AdamW's order: before the update)."""
     return 1 - job.lr * job.weight_decay * (1.0 if scale is None else scale)
 
@@ -112,14 +113,14 @@ def subtract_elementwise(job: Job, piece: Block, state: dict[str, Tensor], live:
 
     With `Recipe.decay_last` the update is decayed too.
     """
-    rule, weight, grad = job.recipe.rule, _loaded(job, piece), job.grad[piece.entries].float()
+    rule, weight, grad = job.recipe.rule, loaded(job, piece), job.grad[piece.entries].float()
     size, last = job.lr * rule.correction(job.step), job.recipe.decay_last
     if job.weight_decay and not last:
-        weight.mul_(_keep(job, None))
+        weight.mul_(kept(job, None))
     rule.subtract(weight.view(-1), grad, state, live, size)
     if job.weight_decay and last:
-        weight.mul_(_keep(job, None))
-    _round_back(job, weight, piece)
+        weight.mul_(kept(job, None))
+    round_back(job, weight, piece)
 
 
 def write_entries(job: Job, update: Tensor, step_size: float, scale: Tensor | None) -> None:
@@ -133,20 +134,20 @@ def write_entries(job: Job, update: Tensor, step_size: float, scale: Tensor | No
 
 def write_piece(job: Job, piece: Block, update: Tensor, step_size: float, scale: Tensor | None) -> None:
     """The same for the entries of `piece` only; update: theirs, 1-D."""
-    weight = _loaded(job, piece)
-    step_size = step_size * _keep(job, scale) if job.recipe.decay_last else step_size
+    weight = loaded(job, piece)
+    step_size = step_size * kept(job, scale) if job.recipe.decay_last else step_size
     if job.weight_decay:
-        weight.mul_(_keep(job, scale))
+        weight.mul_(kept(job, scale))
     weight.sub_(update.view_as(weight), alpha=step_size)
-    _round_back(job, weight, piece)
+    round_back(job, weight, piece)
 
 
 def write(job: Job, side, basis, source: Tensor, factor, direction, step_size: float, scale, live: Tensor) -> None:
     """W <- (1 - lr scale wd) W - step_size * (factor o source + direction B^T), block by block, in place."""
-    for block in _to_write(job):
-        weight = _loaded(job, block)
+    for block in to_write(job):
+        weight = loaded(job, block)
         lines, left, right = side.terms(block, basis, factor, direction)
-        keep = _keep(job, scale) if job.weight_decay else 1.0
+        keep = kept(job, scale) if job.weight_decay else 1.0
         if isinstance(keep, Tensor) or left is None:
             weight.mul_(keep)
             keep = 1.0
@@ -154,46 +155,54 @@ def write(job: Job, side, basis, source: Tensor, factor, direction, step_size: f
             weight.addmm_(left.to(weight.dtype), right.T.to(weight.dtype), beta=keep, alpha=-step_size)
         if lines is not None:
             _subtract_scaled(weight, block.of(source), lines, step_size, live)
-        _round_back(job, weight, block)
+        round_back(job, weight, block)
 
 
-def _to_write(job: Job) -> Iterable[Block]:
+def to_write(job: Job) -> Iterable[Block]:
     """The blocks that are written in one go: whole ones in place; else fp32 copies, small beside int8 weights."""
-    if _in_place(job):
+    if in_place(job):
         return job.layout.blocks
     return pieces(job) if isinstance(job.weight, Int8Weight) else job.layout.narrow_pieces(job.weight.device)
 
 
 def _subtract_scaled(weight: Tensor, source: Tensor, lines: Tensor, step_size: float, live: Tensor) -> None:
-    """weight -= step_size * lines o source; lines (rows, 1) or (columns,). Nothing when not live."""
-    source, lines = where_live(live, source).to(weight.dtype), lines.to(weight.dtype)
-    weight.addcmul_(source, lines, value=-step_size)
+    """weight -= step_size * lines o source; lines (rows, 1) or (columns,). Nothing when not live.
+
+    A source that has to be masked or converted is so some rows at a time: a copy of all of it would be the largest
+    temporary of a step.
+    """
+    lines = lines.to(weight.dtype)
+    as_it_is = getattr(live, "known", False) and source.dtype == weight.dtype
+    height = len(weight) if as_it_is else max(1, _PIECE // weight.shape[1])
+    each = lines.split(height) if lines.dim() == 2 else itertools.repeat(lines)
+    for some, of_source, by in zip(weight.split(height), source.split(height), each, strict=False):
+        some.addcmul_(where_live(live, of_source).to(weight.dtype), by, value=-step_size)
 
 
 def weight_square_sum(job: Job) -> Tensor:
     """The sum of squares of the weights held here, 0-d fp32."""
     if not isinstance(job.weight, Int8Weight):
         return linalg.square_sum(job.weight)
-    parts = [linalg.square_sum(_loaded(job, piece)) for piece in pieces(job)]
+    parts = [linalg.square_sum(loaded(job, piece)) for piece in pieces(job)]
     return torch.stack(parts).sum() if parts else torch.zeros((), device=job.weight.device)
 
 
-def _in_place(job: Job) -> bool:
+def in_place(job: Job) -> bool:
     """Whether the weights are updated where they are stored."""
     return job.weight.dtype in _EXACT and not isinstance(job.weight, Int8Weight)
 
 
-def _loaded(job: Job, block: Block) -> Tensor:
-    """The weights of a block, 2-D, to be changed: a view of them, or fp32 numbers that `_round_back` stores."""
+def loaded(job: Job, block: Block) -> Tensor:
+    """The weights of a block, 2-D, to be changed: a view of them, or fp32 numbers that `round_back` stores."""
     if isinstance(job.weight, Int8Weight):
         return job.weight.read_rows(block.rows)
     stored = block.of(job.weight)
     return stored if stored.dtype in _EXACT else stored.float()
 
 
-def _round_back(job: Job, weight: Tensor, block: Block) -> None:
+def round_back(job: Job, weight: Tensor, block: Block) -> None:
     """Store fp32 results in bf16 and int8 weights, rounded stochastically: small updates would be lost for ever."""
-    if _in_place(job):
+    if in_place(job):
         return
     key, place = (*job.key, "round", job.step), job.layout.position(block)
     if isinstance(job.weight, Int8Weight):

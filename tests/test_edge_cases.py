@@ -68,6 +68,20 @@ def test_what_a_gpu_masks_a_cpu_skips(cls: type, options: dict, value: float, ra
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("cls", [FiraAdamW, ApolloAdamW])
+def test_masking_copies_some_rows_at_a_time(cls: type, monkeypatch) -> None:
+    """What is not looked at is masked in pieces with the same result: no second gradient is made."""
+    grads, pieces = gradients(3), []
+    whole, _ = run(cls, {}, grads)
+    monkeypatch.setattr(job, "_host_sees", lambda live: False)
+    monkeypatch.setattr(job, "_PIECE", 3 * 8)
+    where = job.where_live
+    monkeypatch.setattr(job, "where_live", lambda live, x: (pieces.append(tuple(x.shape)), where(live, x))[1])
+    masked, _ = run(cls, {}, grads)
+    assert torch.equal(whole, masked)
+    assert pieces.count((3, 8)) == 4 * len(grads) and (12, 8) not in pieces
+
+
 @EACH
 @pytest.mark.parametrize("value", [1.0, float("nan")])
 @pytest.mark.parametrize("rank", [4, None])
