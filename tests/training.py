@@ -32,6 +32,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "galore adafactor": ("GaLoreAdafactor", {"update_proj_gap": GAP, "beta1": 0.9}),
     "fira": ("FiraAdamW", {"update_proj_gap": GAP}),
+    "fira default": ("FiraAdamW", {"update_proj_gap": GAP, "subspace": None}),
     "fira paper": ("FiraAdamW", {"update_proj_gap": GAP, "residual": "paper", "proj_type": "reverse_std"}),
     "fira matrix": ("FiraAdamW", {"update_proj_gap": GAP, "scaling": "matrix", "subspace": "randomized"}),
     "apollo": ("ApolloAdamW", {"update_proj_gap": GAP}),
