@@ -10,6 +10,7 @@ import runpy
 import sys
 
 from lowrank_ds.algorithms import ALGORITHMS
+from lowrank_ds.doctor import command as doctor
 from lowrank_ds.version import __version__
 
 
@@ -45,12 +46,15 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("info", help="versions, optimizers and their options")
     _checkpoint_commands(commands)
     _bench_command(commands, sys.argv[1:] if argv is None else argv)
+    doctor.add_parser(commands)
     given = parser.parse_args(argv)
     if given.command == "run":
         launcher = [f"--local_rank={given.local_rank}"] if given.local_rank is not None else []
         run(given.script, [*launcher, *given.arguments])
     elif given.command == "info":
         print(info())
+    elif given.command == "doctor":
+        return doctor.main(given)
     elif given.command == "bench":
         from lowrank_ds.bench import command
 
