@@ -33,18 +33,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run(command: Sequence[object], environ: Mapping[str, str], timeout: float = 120) -> subprocess.CompletedProcess:
+def run(command: Sequence[object], environ: Mapping[str, str], timeout: float = 300) -> subprocess.CompletedProcess:
     """One command, in the checkout's root; its output as text."""
     arguments = [str(part) for part in command]
     return subprocess.run(arguments, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=timeout)
 
 
 def run_ranks(
-    command: Sequence[object], environs: Sequence[Mapping[str, str]], world: int | None = None, timeout: float = 120
+    command: Sequence[object],
+    environs: Sequence[Mapping[str, str]],
+    world: int | None = None,
+    timeout: float = 300,
+    folder: Path = ROOT,
 ) -> list[subprocess.CompletedProcess]:
     """The same command as ranks 0, 1, ... of this host, each with its own environment added; fewer than `world` may be.
 
-    No process outlives the call.
+    folder: they are started in, from which Python imports before it looks at PYTHONPATH. No process outlives the call.
     """
     world, port = world or len(environs), free_port()
     arguments = [str(part) for part in command]
@@ -54,7 +58,7 @@ def run_ranks(
             place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
             environ = clean_environment(**{k: str(v) for k, v in place.items()}, MASTER_PORT=str(port)) | dict(more)
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            started.append(subprocess.Popen(arguments, cwd=ROOT, env=environ, text=True, **pipes))
+            started.append(subprocess.Popen(arguments, cwd=folder, env=environ, text=True, **pipes))
         outputs = [process.communicate(timeout=timeout) for process in started]
     finally:
         for process in started:

@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import lowrank_ds
 from lowrank_ds.doctor import command, facts, links, numbers, places, settings, shared, wire
 from lowrank_ds.doctor.findings import Finding, names
+from lowrank_ds.launching import Place
 from tests import launchers
 
 DOCTOR = ("-m", "lowrank_ds", "doctor")
@@ -87,7 +89,7 @@ def other_installation(tmp_path: Path) -> Path:
 
 
 def test_a_broken_rank_is_told_from_the_others(tmp_path: Path, quiet: dict[str, str], other_installation: Path) -> None:
-    """Other versions, code, draws, variables and a stale lock on rank 1 of 3: status 1 on all, one line for each."""
+    """Other versions, code, draws, variables and a stale lock on rank 1 of 2: status 1 on both, one line for each."""
     extensions = tmp_path / "killed"
     lock = extensions / "py3_cpu" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
@@ -97,39 +99,77 @@ def test_a_broken_rank_is_told_from_the_others(tmp_path: Path, quiet: dict[str, 
         "PYTHONHASHSEED": "7", "TORCH_EXTENSIONS_DIR": str(extensions),
     }  # fmt: skip
     program = [sys.executable, *DOCTOR, "--quick", "--shared", tmp_path / "nowhere"]
-    done = launchers.run_ranks(program, [quiet, broken, quiet])
-    assert [rank.returncode for rank in done] == [1, 1, 1], [rank.stderr[-2000:] for rank in done]
-    assert not done[1].stdout and not done[2].stdout
+    done = launchers.run_ranks(program, [quiet, broken], folder=tmp_path)
+    assert [rank.returncode for rank in done] == [1, 1], [rank.stderr[-2000:] for rank in done]
+    assert not done[1].stdout
     report = done[0].stdout
     problems, warnings = _lines(report, "problem"), _lines(report, "warning")
     version = lowrank_ds.__version__
     for start in (
-        f"problem (rank 1): lowrank_ds is {version} on ranks 0, 2, 0.0.9 on rank 1. ",
+        f"problem (rank 1): lowrank_ds is {version} on rank 0, 0.0.9 on rank 1. ",
         "problem (rank 1): transformers is ",
         "problem (rank 1): the files of lowrank_ds differ",
         "problem (rank 1): seeded bits (lowrank_ds.noise): other numbers",
         "problem (rank 1): a seeded gaussian basis: other numbers",
         f"problem (rank 1): 2 steps of FiraAdamW on a {numbers.ROWS} x",
-        "problem (rank 1): NCCL_ALGO is unset on ranks 0, 2, Tree on rank 1. ",
+        "problem (rank 1): NCCL_ALGO is unset on rank 0, Tree on rank 1. ",
         f"problem (rank 1): {lock} is ",
         "problem (rank 0): --shared ",
     ):
         assert sum(line.startswith(start) for line in problems) == 1, (start, report)
     assert len(problems) == 9 and f"rm {lock}" in report
     for name in (
-        "OMP_NUM_THREADS is 1 on ranks 0, 2, 2 on rank 1",
-        "PYTHONHASHSEED is unset on ranks 0, 2, 7 on rank 1",
+        "OMP_NUM_THREADS is 1 on rank 0, 2 on rank 1",
+        "PYTHONHASHSEED is unset on rank 0, 7 on rank 1",
     ):
         assert any(line.startswith(f"warning (rank 1): {name}") for line in warnings), report
 
 
-def test_a_missing_rank_is_named(quiet: dict[str, str]) -> None:
-    """Rank 2 of 3 never comes: ranks 0 and 1 end with status 1 after the timeout, and rank 0 says who is missing."""
-    program = [sys.executable, *DOCTOR, "--timeout", 8]
-    done = launchers.run_ranks(program, [quiet, quiet], world=3)
-    assert [rank.returncode for rank in done] == [1, 1]
-    (line,) = _lines(done[0].stdout, "problem")
-    assert line.startswith("problem (rank 2): of 3 ranks, rank 2 did not come within 8 s; there came ranks 0-1 from ")
+def _examine(world: int, others: dict[int, Callable[[Any, wire.Channel], Any]]) -> tuple[int, dict]:
+    """(status of rank 0, {rank: what its function returned}) of a job in which only rank 0 and `others` take part.
+
+    Threads stand for processes: no process group is made where a rank is missing.
+    """
+    given, port, found = command_line("--timeout", "3"), launchers.free_port(), {}
+
+    def join(rank: int) -> wire.Channel:
+        channel = wire.Channel(Place(rank, world, rank, None, "127.0.0.1", port, "a test"), given.timeout)
+        channel.tell("here", facts.whereabouts(channel.place))
+        return channel
+
+    def take_part(rank: int) -> None:
+        found[rank] = others[rank](given, join(rank))
+
+    threads = [threading.Thread(target=take_part, args=(rank,)) for rank in others]
+    for thread in threads:
+        thread.start()
+    status = command.Examination(given, join(0)).run()
+    for thread in threads:
+        thread.join(30)
+    return status, found
+
+
+def test_a_missing_rank_is_named(capsys: pytest.CaptureFixture) -> None:
+    """Rank 2 of 3 never comes: the others end with status 1 after the timeout, and rank 0 says who is missing."""
+    assert _examine(3, {1: command.follow}) == (1, {1: 1})
+    (line,) = _lines(capsys.readouterr().out, "problem")
+    assert line.startswith("problem (rank 2): of 3 ranks, rank 2 did not come within 3 s; there came ranks 0-1 from ")
+
+
+def test_a_rank_that_cannot_tell_its_facts(capsys: pytest.CaptureFixture) -> None:
+    """Rank 1 hangs, rank 2 has a broken installation; nobody waits for more, and rank 2 hears the verdict."""
+
+    def broken(given: Any, channel: wire.Channel) -> int:
+        channel.tell("facts", facts.whereabouts(channel.place) | {"failed": "ImportError: libcuda"})
+        assert channel.hear("plan", 0, 30) == {"go": False}
+        return channel.hear("verdict", 0, 30)
+
+    assert _examine(3, {1: lambda *_: None, 2: broken}) == (1, {1: None, 2: 1})
+    problems = _lines(capsys.readouterr().out, "problem")
+    assert [line[:16] for line in problems] == ["problem (rank 1)", "problem (rank 2)"]
+    assert (
+        "rank 1 came, but told no facts" in problems[0] and "cannot be collected: ImportError: libcuda" in problems[1]
+    )
 
 
 def test_rank_0_is_missing(
@@ -167,7 +207,8 @@ def fake(rank: int, host: str = "a", **changes: Any) -> dict[str, Any]:
         "rank": rank, "host": host, "machine": f"{host} 1234", "pid": 100 + rank, "local_rank": rank % 2,
         "local_world": 2, "source": "x", "versions": {"torch": "2.13", "deepspeed": "0.19", "source": "abc"},
         "commit": "1", "code": "/x", "device": gpu, "cpu": "c", "cores": 8, "threads": 1, "environment": {},
-        "addresses": {"a": ["10.0.0.1"], "b": ["10.0.0.2"]}, "locks": [], "ninjas": [["/bin/ninja", ""]],
+        "addresses": {"a": ["10.0.0.1"], "b": ["10.0.0.2"]}, "interfaces": ["e0", "e1"], "locks": [],
+        "ninjas": [["/bin/ninja", ""]],
         "numbers": {name: packed(1.0, 2.0) for name in numbers.WHAT},
     }  # fmt: skip
     return good | {key: good[key] | value if isinstance(value, dict) else value for key, value in changes.items()}
@@ -205,13 +246,16 @@ CASES: dict[str, tuple[list[dict], str, str, tuple[int, ...]]] = {
     "other GPU": (job(fake(3, "b", device={"name": "A100"})), "warning", "the device is H100 .* A100 on rank 3", (3,)),
     "other size": (job(fake(3, "b", device={"total": 81 << 30})), "warning", "the device has 80.0 GiB on", (3,)),
     "used GPU": (job(fake(3, "b", device={"free": 40 << 30})), "warning", "40.0 GiB of 80.0 GiB are free on b", (3,)),
-    "loopback master": (job(fake(2, "b", environment={"MASTER_ADDR": "m"}, addresses={"m": ["127.0.1.1"]})), "problem",
-                        "MASTER_ADDR=m is an address of the rank's own host", (2,)),
+    "loopback master": ([fake(0, local_world=1, environment={"MASTER_ADDR": "a"}, addresses={"a": ["10.1"]}),
+                         fake(1, "b", local_rank=0, local_world=1, environment={"MASTER_ADDR": "a"},
+                              addresses={"a": ["127.0.0.1"]})], "problem", "MASTER_ADDR=a is an address of the", (1,)),
     "loopback name": (job(fake(2, "b", addresses={"b": ["127.0.1.1", "::1"]})), "warning",
                       "own name means 127.0.1.1, ::1", (2,)),
     "no name": (job(fake(2, "b", addresses={"b": []})), "warning", "own name has no address", (2,)),
     "accelerator": (job(fake(2, "b", environment={"DS_ACCELERATOR": "cuda"})), "problem", "DS_ACCELERATOR is", (2,)),
     "interface": (job(fake(2, "b", environment={"GLOO_SOCKET_IFNAME": "e1"})), "warning", "GLOO_SOCKET", (2,)),
+    "no interface": ([fake(0, local_world=1, environment={"GLOO_SOCKET_IFNAME": "e1,e2"})], "problem",
+                     "GLOO_SOCKET_IFNAME names e2, but a has e0, e1", (0,)),
     "torch variable": (job(fake(2, "b", environment={"TORCH_LOGS": "all"})), "warning", "TORCH_LOGS is", (2,)),
     "threads": (job(fake(0, threads=8)), "warning", "share 8 cores", (0, 1)),
     "lock": (job(fake(0, locks=[STALE])), "problem", "/e/lock is 5 s old and no process", (0,)),
@@ -338,4 +382,3 @@ def test_names_of_ranks() -> None:
     for text, ranks in expected.items():
         assert names(ranks) == text
     assert Finding("problem", "x", "y", (1, 2)).as_dict()["ranks"] == [1, 2]
-    assert isinstance(numbers.check, Callable)

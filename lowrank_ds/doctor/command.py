@@ -146,7 +146,8 @@ class Examination:
             except OSError as error:
                 what = f"--shared {self.given.shared}: {error.strerror}"
                 self.findings.append(problem(what, "Name a folder that rank 0 can write into", [0]))
-        if self.world > 1 and not list(places.missing_devices(self.ranks)):
+        hopeless = [*places.missing_devices(self.ranks), *settings.missing_interfaces(self.ranks)]
+        if self.world > 1 and not hopeless:
             plan["machines"] = [found["machine"] for found in self.ranks]
         return plan
 
@@ -194,7 +195,8 @@ def compare(ranks: Sequence[Facts]) -> list[Finding]:
     """All that the ranks' facts say."""
     checks = (
         places.check_versions, places.check_places, places.check_devices, places.check_addresses,
-        settings.check_variables, settings.check_threads, settings.check_traps, numbers.check,
+        settings.check_variables, settings.missing_interfaces, settings.check_threads, settings.check_traps,
+        numbers.check,
     )  # fmt: skip
     return [finding for check in checks for finding in check(ranks)] if ranks else []
 

@@ -44,6 +44,7 @@ def collect(place: Place) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if VARIABLES.fullmatch(k)},
         "addresses": {name: resolve(name) for name in {place.address or "127.0.0.1", socket.gethostname()}},
+        "interfaces": [name for _, name in socket.if_nameindex()],
         "locks": locks(),
         "ninjas": ninjas(),
         "numbers": numbers.draw(device or torch.device("cpu")),

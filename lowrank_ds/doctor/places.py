@@ -67,16 +67,16 @@ def check_places(ranks: Sequence[Facts]) -> Iterator[Finding]:
 def check_devices(ranks: Sequence[Facts]) -> Iterator[Finding]:
     """One device for each rank, of the same kind, with its memory free."""
     yield from missing_devices(ranks)
-    kinds = groups(ranks, lambda facts: facts["device"]["kind"])
+    gpus = [facts for facts in ranks if facts["device"]["kind"] == "cuda"]
     for what in ("name", "total"):
-        found = groups(ranks, lambda facts, what=what: facts["device"][what])
-        if len(kinds) == 1 and "cuda" in kinds and len(found) > 1:
+        found = groups(gpus, lambda facts, what=what: facts["device"][what])
+        if len(found) > 1:
             text = told(found) if what == "name" else told({gib(size): who for size, who in found.items()})
             action = "The slowest sets the pace and the smallest the batch"
             yield warning(f"the device {'is' if what == 'name' else 'has'} {text}", action, fewer(found))
-    for facts in ranks:
+    for facts in gpus:
         device = facts["device"]
-        if device["kind"] == "cuda" and device["free"] < FREE * device["total"]:
+        if device["free"] < FREE * device["total"]:
             yield warning(
                 f"{gib(device['free'])} of {gib(device['total'])} are free on {facts['host']}",
                 "See nvidia-smi for who holds the rest",
@@ -93,7 +93,8 @@ def missing_devices(ranks: Sequence[Facts]) -> Iterator[Finding]:
                 "Start fewer processes on that host, or let CUDA_VISIBLE_DEVICES (srun --gpus-per-node) show more",
                 [facts["rank"]],
             )
-    kinds = groups(ranks, lambda facts: facts["device"]["kind"])
+    having = [facts for facts in ranks if facts["device"]["kind"] != "none"]
+    kinds = groups(having, lambda facts: facts["device"]["kind"])
     if len(kinds) > 1:
         yield problem(f"the device is {told(kinds)}", "Use one kind; see nvidia-smi and the driver there", fewer(kinds))
     for members in hosts(ranks).values():

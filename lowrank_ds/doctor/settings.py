@@ -34,6 +34,20 @@ def check_variables(ranks: Sequence[Facts]) -> Iterator[Finding]:
         yield make(f"{name} is {told(found)}", action, fewer(found))
 
 
+def missing_interfaces(ranks: Sequence[Facts]) -> Iterator[Finding]:
+    """Interfaces that gloo is told to use and that are not there: a process group could not be made."""
+    for facts in ranks:
+        wanted = [name for name in facts["environment"].get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+        absent = [name for name in wanted if name not in facts["interfaces"]]
+        if absent:
+            there = f"{facts['host']} has {', '.join(facts['interfaces'])}"
+            yield problem(
+                f"GLOO_SOCKET_IFNAME names {', '.join(absent)}, but {there}",
+                "Name the interface of that host which joins the hosts (ip -br address shows them)",
+                [facts["rank"]],
+            )
+
+
 def check_threads(ranks: Sequence[Facts]) -> Iterator[Finding]:
     """More threads than cores."""
     for members in hosts(ranks).values():
