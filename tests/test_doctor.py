@@ -206,7 +206,7 @@ def fake(rank: int, host: str = "a", **changes: Any) -> dict[str, Any]:
     good: dict[str, Any] = {
         "rank": rank, "host": host, "machine": f"{host} 1234", "pid": 100 + rank, "local_rank": rank % 2,
         "local_world": 2, "source": "x", "versions": {"torch": "2.13", "deepspeed": "0.19", "source": "abc"},
-        "commit": "1", "code": "/x", "device": gpu, "cpu": "c", "cores": 8, "threads": 1, "environment": {},
+        "commit": "1", "code": "/x", "device": gpu, "cpu": "c", "cores": [*range(8)], "threads": 1, "environment": {},
         "addresses": {"a": ["10.0.0.1"], "b": ["10.0.0.2"]}, "interfaces": ["e0", "e1"], "locks": [],
         "ninjas": [["/bin/ninja", ""]],
         "numbers": {name: packed(1.0, 2.0) for name in numbers.WHAT},
@@ -257,7 +257,8 @@ CASES: dict[str, tuple[list[dict], str, str, tuple[int, ...]]] = {
     "no interface": ([fake(0, local_world=1, environment={"GLOO_SOCKET_IFNAME": "e1,e2"})], "problem",
                      "GLOO_SOCKET_IFNAME names e2, but a has e0, e1", (0,)),
     "torch variable": (job(fake(2, "b", environment={"TORCH_LOGS": "all"})), "warning", "TORCH_LOGS is", (2,)),
-    "threads": (job(fake(0, threads=8)), "warning", "share 8 cores", (0, 1)),
+    "threads": (job(fake(0, threads=8)), "warning", "with 9 threads in all share 8 core", (0, 1)),
+    "bound": (job(fake(0, threads=2, cores=[5])), "warning", r"2 threads are bound to 1 core\(s\)", (0,)),
     "lock": (job(fake(0, locks=[STALE])), "problem", "/e/lock is 5 s old and no process", (0,)),
     "busy lock": (job(fake(0, locks=[STALE | {"open": True}])), "warning", "an extension is being compiled", (0,)),
     "ninjas": (job(fake(0, ninjas=[["/a", "1.1"], ["/b", "1.2"]])), "warning", r"PATH: /a \(1.1\), /b \(1.2\)", (0,)),
@@ -305,14 +306,26 @@ def test_clocks() -> None:
     assert found.ranks == (2, 3) and "b is 2.0 s behind rank 0's" in found.what
 
 
+def _timed(**seconds: tuple[float, float]) -> list[dict[str, Any]]:
+    """Pairs from r01=(latency, seconds of 1 MiB), as `wire.measure` tells them."""
+    pairs = [[int(name[1]), int(name[2]), *times] for name, times in seconds.items()]
+    return links.pairs_of({0: {"pairs": pairs[:2]}, 1: {"pairs": pairs[2:]}}, 1 << 20)
+
+
 def test_slow_links_are_named() -> None:
-    """Slowest first; half the median's bandwidth or five times its latency is a warning, and two pairs tell nothing."""
-    told = {0: {"pairs": [[0, 1, 1e-4, 0.01], [0, 2, 1e-4, 0.03]]}, 1: {"pairs": [[1, 2, 1e-3, 0.01]]}}
-    pairs = links.pairs_of(told, 1 << 20)
+    """Slowest first; half the median's bandwidth or five times its latency is a warning."""
+    fast = (1e-4, 0.01)
+    pairs = _timed(r01=fast, r02=(1e-4, 0.03), r03=fast, r12=fast, r13=(1e-3, 0.01), r23=fast)
     assert pairs[0]["ranks"] == [0, 2] and pairs[0]["rate"] == pytest.approx((1 << 20) / 0.03)
     found = list(links.check(job(), pairs))
-    assert [f.ranks for f in found] == [(0, 2), (1, 2)] and "(a) and rank 2 (b)" in found[0].what
-    assert list(links.check(job(), pairs[:2])) == []
+    assert [f.ranks for f in found] == [(0, 2), (1, 3)] and "(a) and rank 2 (b)" in found[0].what
+    assert list(links.check(job(), _timed(r01=(1e-3, 0.03), r02=fast)[:1])) == []
+
+
+def test_a_host_with_slow_links_is_named_once() -> None:
+    """Not as two slow pairs of three, which would make the fast one the exception."""
+    (found,) = links.check(job(), _timed(r01=(1e-4, 0.01), r02=(1e-4, 0.05), r12=(1e-4, 0.04)))
+    assert found.ranks == (2,) and "all links of rank 2 (b) are slow: 0.21 Gbit/s at best" in found.what
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 7, 8])

@@ -40,7 +40,7 @@ def collect(place: Place) -> dict[str, Any]:
         "code": str(pathlib.Path(lowrank_ds.__file__).parent),
         "device": describe_device(device),
         "cpu": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)],
         "threads": torch.get_num_threads(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if VARIABLES.fullmatch(k)},
         "addresses": {name: resolve(name) for name in {place.address or "127.0.0.1", socket.gethostname()}},

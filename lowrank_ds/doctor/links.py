@@ -8,8 +8,12 @@ from typing import Any
 
 from lowrank_ds.doctor.findings import Facts, Finding, warning
 
-SLOW = 0.5  # of the median pair's bandwidth
+SLOW = 0.5  # of the median's bandwidth
 LATE = 5.0  # times the median pair's latency
+_LOOK = (
+    "Look at the cable, switch port and interface (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME): the slowest link sets the "
+    "pace of every collective"
+)
 
 
 def pairs_of(told: dict[int, dict[str, Any]], size: int) -> list[dict[str, Any]]:
@@ -23,7 +27,25 @@ def pairs_of(told: dict[int, dict[str, Any]], size: int) -> list[dict[str, Any]]
 
 
 def check(ranks: Sequence[Facts], pairs: Sequence[dict[str, Any]]) -> Iterator[Finding]:
-    """Links that are much slower than most; three pairs are needed to tell."""
+    """Hosts all of whose links are slow, then single slow links between the others; three hosts are needed to tell."""
+    best: dict[int, float] = {}
+    for pair in pairs:
+        best |= {rank: max(best.get(rank, 0.0), pair["rate"]) for rank in pair["ranks"]}
+    if len(best) < 3:
+        return
+    usual = statistics.median(best.values())
+    slow = [rank for rank in sorted(best) if best[rank] < SLOW * usual]
+    for rank in slow:
+        yield warning(
+            f"all links of rank {rank} ({ranks[rank]['host']}) are slow: {gbit(best[rank])} at best, where the median "
+            f"is {gbit(usual)}",
+            _LOOK,
+            [rank],
+        )
+    yield from _single(ranks, [pair for pair in pairs if not set(pair["ranks"]) & set(slow)])
+
+
+def _single(ranks: Sequence[Facts], pairs: Sequence[dict[str, Any]]) -> Iterator[Finding]:
     if len(pairs) < 3:
         return
     rate = statistics.median(pair["rate"] for pair in pairs)
@@ -33,8 +55,7 @@ def check(ranks: Sequence[Facts], pairs: Sequence[dict[str, Any]]) -> Iterator[F
             yield warning(
                 f"the link {_between(ranks, pair)} is slow: {_speed(pair)}; the median pair has {milli(latency)} and "
                 f"{gbit(rate)}",
-                "Look at that cable, switch port and interface (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME): the slowest "
-                "link sets the pace of every collective",
+                _LOOK,
                 pair["ranks"],
             )
 

@@ -52,7 +52,7 @@ def _versions(ranks: Sequence[Facts]) -> str:
 
 
 def _threads(facts: Facts) -> str:
-    return f"{facts['threads']} of {facts['cores']} cores ({facts['cpu']})"
+    return f"{facts['threads']} on {len(facts['cores'])} core(s) ({facts['cpu']})"
 
 
 def _environment(ranks: Sequence[Facts]) -> str:

@@ -49,14 +49,22 @@ def missing_interfaces(ranks: Sequence[Facts]) -> Iterator[Finding]:
 
 
 def check_threads(ranks: Sequence[Facts]) -> Iterator[Finding]:
-    """More threads than cores."""
+    """More threads than cores, of a host or of those that a rank is bound to."""
     for members in hosts(ranks).values():
-        threads, cores = sum(facts["threads"] for facts in members), max(facts["cores"] for facts in members)
+        threads, who = sum(facts["threads"] for facts in members), [facts["rank"] for facts in members]
+        cores = len({core for facts in members for core in facts["cores"]})
+        bound = [facts for facts in members if facts["threads"] > len(facts["cores"])]
         if threads > cores and len(members) > 1:
             yield warning(
-                f"{len(members)} ranks with {members[0]['threads']} threads each share {cores} cores",
-                f"Set OMP_NUM_THREADS={max(1, cores // len(members))}",
-                [facts["rank"] for facts in members],
+                f"{len(members)} ranks with {threads} threads in all share {cores} core(s) of {members[0]['host']}",
+                f"Set OMP_NUM_THREADS={max(1, cores // len(members))}; if mpirun binds them to a few, --bind-to none",
+                who,
+            )
+        elif bound:
+            yield warning(
+                f"{bound[0]['threads']} threads are bound to {len(bound[0]['cores'])} core(s)",
+                "Do not bind (mpirun --bind-to none, srun --cpu-bind=none), or bind to a core for each thread",
+                [facts["rank"] for facts in bound],
             )
 
 

@@ -8,7 +8,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -58,10 +58,10 @@ class Channel:
                 f"rank {rank} said nothing within {seconds:g} s, or has ended ({_first_line(error)}): see its output"
             ) from None
 
-    def hear_all(self, topic: str, seconds: float) -> dict[int, Any]:
-        """{rank: what it says}, of those who say something in time."""
+    def hear_all(self, topic: str, seconds: float, ranks: Iterable[int] | None = None) -> dict[int, Any]:
+        """{rank: what it says}, of those of `ranks` (None: all) who say something in time."""
         deadline, found = time.monotonic() + seconds, {}
-        for rank in range(self.place.world):
+        for rank in range(self.place.world) if ranks is None else ranks:
             left = deadline - time.monotonic()
             if left > 0 or self.store.check([f"{topic}/{rank}"]):
                 try:
