@@ -142,7 +142,7 @@ print("PLACE", place.rank, place.world, place.local_rank, place.local_world, pla
 time.sleep(1)  # or mpirun may end the job before it has passed on what was printed
 if place.rank == 1:
     raise RuntimeError("rank 1 fails")
-time.sleep(300)
+time.sleep(150)
 """
 
 

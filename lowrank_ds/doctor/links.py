@@ -86,7 +86,7 @@ def _speed(pair: dict[str, Any]) -> str:
 
 def milli(seconds: float) -> str:
     """Seconds for people."""
-    return f"{1000 * seconds:.3g} ms"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
 def gbit(rate: float) -> str:
