@@ -162,7 +162,9 @@ def test_a_rank_that_cannot_tell_its_facts(capsys: pytest.CaptureFixture) -> Non
     def broken(given: Any, channel: wire.Channel) -> int:
         channel.tell("facts", facts.whereabouts(channel.place) | {"failed": "ImportError: libcuda"})
         assert channel.hear("plan", 0, 30) == {"go": False}
-        return channel.hear("verdict", 0, 30)
+        status = channel.hear("verdict", 0, 30)
+        channel.tell("bye", True)
+        return status
 
     assert _examine(3, {1: lambda *_: None, 2: broken}) == (1, {1: None, 2: 1})
     problems = _lines(capsys.readouterr().out, "problem")

@@ -187,7 +187,7 @@ class Examination:
                 status = 1
         self.channel.tell("bye", True)
         self.channel.tell("verdict", status)
-        self.channel.hear_all("bye", GRACE, self.channel.hear_all("here", 0))
+        self.channel.hear_all("bye", GRACE, self.channel.hear_all("facts", 0))
         return status
 
 

@@ -39,8 +39,15 @@ class Channel:
         self.store = dist.PrefixStore(f"lowrank_ds.doctor/{attempt}", _open(place, timeout))
 
     def tell(self, topic: str, value: Any) -> None:
-        """Say something to whoever asks this rank about `topic`."""
-        self.store.set(f"{topic}/{self.place.rank}", json.dumps(value))
+        """Say something to whoever asks this rank about `topic`.
+
+        Raises:
+            WireError: the store is gone.
+        """
+        try:
+            self.store.set(f"{topic}/{self.place.rank}", json.dumps(value))
+        except dist.DistError as error:
+            raise WireError(f"the store, and so rank 0, has ended ({_first_line(error)}): see its output") from None
 
     def hear(self, topic: str, rank: int, seconds: float) -> Any:
         """What `rank` says.
@@ -63,11 +70,11 @@ class Channel:
         deadline, found = time.monotonic() + seconds, {}
         for rank in range(self.place.world) if ranks is None else ranks:
             left = deadline - time.monotonic()
-            if left > 0 or self.store.check([f"{topic}/{rank}"]):
-                try:
+            try:
+                if left > 0 or self.store.check([f"{topic}/{rank}"]):
                     found[rank] = self.hear(topic, rank, left)
-                except WireError:
-                    continue
+            except (WireError, dist.DistError):
+                continue
         return found
 
 
