@@ -2,11 +2,14 @@
 
 import datetime
 import os
-import socket
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from lowrank_ds.launching import LaunchError, Place, find_place
 
 
 @dataclass(frozen=True)
@@ -51,29 +54,31 @@ class Processes:
 
 
 def find_processes() -> Processes:
-    """Read the launcher's environment; a process started by hand becomes a world of one."""
-    if "RANK" not in os.environ:
-        for variable in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-            if int(os.environ.get(variable, "1")) > 1:
-                raise SystemExit(
-                    f"{variable} is {os.environ[variable]} but RANK is not set: each process would train alone. "
-                    "Start with deepspeed or torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
-                )
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    """Ask the launcher's environment (torchrun, deepspeed, mpirun, srun); a process started by hand is alone."""
+    try:
+        place = find_place()
+    except LaunchError as error:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
+    if place.local_rank == 0 and place.world > 1:
+        print(place, flush=True)
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
-    else:
-        device = torch.device("cpu")
-        if "OMP_NUM_THREADS" not in os.environ:
-            local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
-    return Processes(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device)
+        return Processes(place.rank, place.world, place.local_rank, _gpu(place))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // (place.local_world or place.world)))
+    return Processes(place.rank, place.world, place.local_rank, torch.device("cpu"))
+
+
+def _gpu(place: Place) -> torch.device:
+    """The GPU of this process, made its current one."""
+    visible, chosen = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if place.local_rank >= visible:
+        raise SystemExit(
+            f"LOCAL_RANK is {place.local_rank} but only {visible} GPU(s) can be seen here ({place}; "
+            f"CUDA_VISIBLE_DEVICES is {chosen!r}). Start at most {visible} processes on this host; where the scheduler "
+            "shows each process its own GPU (srun --gpus-per-task), let it show all (--gpus-per-node)"
+        )
+    torch.cuda.set_device(place.local_rank)
+    return torch.device("cuda", place.local_rank)
 
 
 def limit_waits(seconds: float | None) -> None:
