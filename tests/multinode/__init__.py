@@ -1,1 +1,1 @@
-"""Several hosts on one machine: `hosts` makes them, `jobs` starts training on them, `matrix` and `faults` are long runs."""
+"""Several hosts on one machine: `hosts` makes them, `jobs` trains on them, `matrix` and `faults` are long runs."""

@@ -3,9 +3,9 @@
     python -m tests.multinode.faults                                   # all cases
     python -m tests.multinode.faults --cases cut elastic-host --engines fsdp2
 
-Without elasticity every rank that is left must end with an error within --timeout, and the run that is started again must
-end as the undisturbed one, bit for bit. An elastic job must go on by itself with the hosts that are left, to the same
-weights within rounding.
+Without elasticity every rank that is left must end with an error within --timeout, and the run that is started again
+must end as the undisturbed one, bit for bit. An elastic job must go on by itself with the hosts that are left, to the
+same weights within rounding.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,8 +26,8 @@ from tests.multinode import jobs
 from tests.multinode.hosts import Hosts
 from tests.pretraining import same
 
-TIMEOUT = 8  # seconds: pretrain.py --timeout
-BOUND = 10  # seconds beside it, on a busy machine, for an error to be raised and Python to end
+TIMEOUT = 12  # seconds: pretrain.py --timeout
+BOUND = 20  # seconds beside it, on a busy machine, for an error to be raised and Python to end
 STEPS, AT, SAVE_EVERY = 40, 13, 5
 ELASTIC = {"NNODES": "1:2", "MAX_RESTARTS": 3, "RDZV_CONF": "last_call_timeout=8"}
 PLAIN = ("cut", "killed", "power")
@@ -72,12 +73,12 @@ def until(job: jobs.Launch, step: int, timeout: float = 180) -> None:
         time.sleep(0.01)
 
 
-def end_of_ranks(job: jobs.Launch, names: list[str], since: float, timeout: float) -> dict[str, float]:
-    """{host: seconds from `since` until it had no rank any more}; inf after `timeout`."""
+def end_of(running: Callable[[str], list], names: list[str], since: float, timeout: float) -> dict[str, float]:
+    """{host: seconds from `since` until nothing was `running` there}; inf after `timeout`."""
     found: dict[str, float] = {}
     while len(found) < len(names) and time.monotonic() - since < timeout:
         for name in names:
-            if name not in found and not job.ranks(name):
+            if name not in found and not running(name):
                 found[name] = time.monotonic() - since
         time.sleep(0.02)
     return {name: found.get(name, float("inf")) for name in names}
@@ -90,16 +91,17 @@ def plain(hosts: Hosts, names: list[str], case: str, way: str, engine: str, data
     until(job, AT)
     since = fault(hosts, job, case)
     left = names if case == "cut" else names[:1]
-    outcome.ended = end_of_ranks(job, left, since, TIMEOUT + 60)
+    outcome.ended = end_of(job.ranks, left, since, TIMEOUT + 60)
     late = {name: s for name, s in outcome.ended.items() if s > TIMEOUT + BOUND}
     if late:
         outcome.errors.append(f"ranks ended after {late} s, not within {TIMEOUT} + {BOUND} s")
     for name, log in zip(names, job.logs, strict=False):
         if name in left and "RankError" not in log.read_text():
             outcome.errors.append(f"{name} did not say RankError: {log.read_text()[-2000:]}")
-    launchers = [name for name in left if hosts.running(name, str(output))]
-    outcome.note = f"launchers left behind on {', '.join(launchers)}" if launchers else ""
-    if not any(process.poll() for process in job.processes) and not launchers:
+    stuck = end_of(lambda name: hosts.running(name, str(output)), left, time.monotonic(), BOUND)
+    launchers = [name for name, seconds in stuck.items() if seconds == float("inf")]
+    outcome.note = f"launcher left behind on {', '.join(launchers)}" if launchers else ""
+    if not any(process.poll() for process in job.processes):
         outcome.errors.append(f"no launcher ended with an error: {[process.poll() for process in job.processes]}")
     for name in launchers:
         for pid in hosts.running(name, str(output)):

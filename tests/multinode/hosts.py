@@ -4,10 +4,10 @@
     python -m tests.multinode.hosts run host1 hostname -I
     python -m tests.multinode.hosts shape host1 100mbit  # both directions; also: unshape, cut, heal, kill
 
-Hosts share the file system, as a cluster does that trains from one. They live in one process-id namespace, the box, whose
-first process reads from a pipe of ours: when this process ends, in whatever way, the kernel kills all that runs on them.
-Nothing has a name that two runs could share. `bin/` stands in front of PATH: its `ssh` enters a host by nsenter, with the
-bare environment that sshd gives. It is no connection over the simulated network: a cut link does not cut it.
+Hosts share the file system, as a cluster does that trains from one. They live in one process-id namespace, the box,
+whose first process reads from a pipe of ours: when this process ends, in whatever way, the kernel kills all that runs
+on them. Nothing has a name that two runs could share. `bin/` stands in front of PATH: its `ssh` enters a host by nsenter,
+with the bare environment that sshd gives. It is no connection over the simulated network: a cut link does not cut it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def missing() -> str:
     tried = subprocess.run([*BOX, "sh", "-c", SWITCH], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if tried.returncode:
         said = " ".join(tried.stderr.split()) or f"exit code {tried.returncode}"
-        return f"simulated hosts need the right to make namespaces and bridges (root with CAP_SYS_ADMIN, CAP_NET_ADMIN): {said}"
+        rights = "root with CAP_SYS_ADMIN and CAP_NET_ADMIN"
+        return f"simulated hosts need the right to make namespaces and bridges ({rights}): {said}"
     return ""
 
 
@@ -115,9 +116,9 @@ class Hosts:
 
     def _boot(self, name: str) -> None:
         """One host: a process that holds its namespaces, and a cable to the switch."""
-        holder = ["unshare", "--net", "--mount", "--uts", "--", "sh", "-c", HOLDER, "sh", name, self.folder / "etc_hosts"]
+        holder = ["unshare", "--net", "--mount", "--uts", "--", "sh", "-c", HOLDER, "sh", name]
         entered = subprocess.Popen(
-            ["nsenter", "-t", str(self.first), "-m", "-p", "--", *map(str, holder)],
+            ["nsenter", "-t", str(self.first), "-m", "-p", "--", *holder, str(self.folder / "etc_hosts")],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
         inner = entered.stdout.readline().strip()
@@ -174,15 +175,15 @@ class Hosts:
 
     def running(self, name: str, word: str = "") -> list[int]:
         """Processes of a host whose command line has `word`, as this process numbers them."""
-        here, found = os.readlink(f"/proc/{self.pids[name]}/ns/net"), []
+        here, found = os.readlink(f"/proc/{self.pids[name]}/ns/net"), set()
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                if os.readlink(folder / "ns" / "net") == here and int(folder.name) != self.pids[name] and word in command:
-                    found.append(int(folder.name))
+                if word in command and os.readlink(folder / "ns" / "net") == here:
+                    found.add(int(folder.name))
             except OSError:  # it has ended, or is a zombie
                 continue
-        return sorted(found)
+        return sorted(found - {self.pids[name]})
 
     def kill(self, name: str) -> None:
         """SIGKILL all processes of a host. The kernel closes their connections; for a power failure `cut` it first."""

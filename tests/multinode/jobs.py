@@ -68,7 +68,9 @@ def _is_rank(pid: int) -> bool:
     return "python" in words[0] and not any(w in launchers or w.endswith("/bin/deepspeed") for w in words)
 
 
-def train(hosts: Hosts, names: list[str], way: str, ranks: int, arguments: list[str], output: Path, **variables: object):
+def train(
+    hosts: Hosts, names: list[str], way: str, ranks: int, arguments: list[str], output: Path, **variables: object
+) -> Launch:
     """Start launch/pretrain.py on `ranks` processes of each named host, by one of WAYS; a Launch.
 
     Args:
@@ -133,4 +135,3 @@ def processes_of(output: Path) -> int:
 def resumed_at(printed: str) -> list[int]:
     """Steps that were done already when a job went on, one a restart."""
     return [int(step) for step in re.findall(r"resumed from \S+: (\d+) of", printed)]
-

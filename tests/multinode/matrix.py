@@ -1,7 +1,9 @@
 """Every way to launch x every engine x one or two processes a host: are the weights those of one process?
 
-    python -m tests.multinode.matrix                                  # all: about 24 cells
+    python -m tests.multinode.matrix                                  # all 24 cells
     python -m tests.multinode.matrix --ways pdsh mpirun --engines zero3 --ranks 1 --pdsh stand-in
+
+Outputs of cells that fail are kept.
 """
 
 from __future__ import annotations
