@@ -65,7 +65,7 @@ def fault(hosts: Hosts, job: jobs.Launch, case: str) -> float:
     return began
 
 
-def until(job: jobs.Launch, step: int, timeout: float = 180) -> None:
+def until(job: jobs.Launch, step: int, timeout: float = 400) -> None:
     """Wait until the job has done a step."""
     deadline = time.monotonic() + timeout
     while last_step(job.output) < step:

@@ -6,8 +6,9 @@
 
 Hosts share the file system, as a cluster does that trains from one. They live in one process-id namespace, the box,
 whose first process reads from a pipe of ours: when this process ends, in whatever way, the kernel kills all that runs
-on them. Nothing has a name that two runs could share. `bin/` stands in front of PATH: its `ssh` enters a host by nsenter,
-with the bare environment that sshd gives. It is no connection over the simulated network: a cut link does not cut it.
+on them. Nothing has a name that two runs could share. `bin/` stands in front of PATH: its `ssh` enters a host by
+nsenter, with the bare environment that sshd gives. It is no connection over the simulated network: a cut link does not
+cut it.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Launch:
         here = self.hosts.running(name, str(self.output))
         return [pid for pid in here if _is_rank(pid)]
 
-    def wait(self, timeout: float = 300) -> float:
+    def wait(self, timeout: float = 600) -> float:
         """Seconds it took, once it has ended well.
 
         Raises:

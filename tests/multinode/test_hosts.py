@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.multinode import faults, jobs
-from tests.multinode.hosts import INTERFACE, PREFIX, ROOT, Hosts, bits_per_second, missing
+from tests.multinode.hosts import BOX, INTERFACE, PREFIX, ROOT, Hosts, bits_per_second, missing
 
-# (way, engine): run at the same time on host1 and host2, one process each
-CELLS = (("torchrun", "fsdp2"), ("pdsh", "zero3"), ("mpirun", "zero2"))
+# (way, engine): run at the same time on host1 and host2, one process each; torchrun with FSDP2 is the elastic job's
+CELLS = (("pdsh", "zero3"), ("mpirun", "zero2"))
 LAUNCH = ROOT / "launch"
 SERVE = "import socket; s = socket.create_server(('', 5000)); c = s.accept()[0]\nwhile c.recv(1 << 16): pass"
 SEND = (  # until the other one has read it all
@@ -84,6 +84,14 @@ def test_errors(hosts: Hosts) -> None:
     with pytest.raises(TimeoutError, match="ran for 0.2 s"):
         hosts.run("host3", ["sleep", "100"], timeout=0.2)
     assert not hosts.running("host3")
+
+
+def test_a_platform_that_cannot_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one sentence, which skips the tests of this file."""
+    monkeypatch.setattr("tests.multinode.hosts.BOX", ("setpriv", "--reuid", "65534", "--clear-groups", *BOX))
+    assert missing.__wrapped__().startswith("simulated hosts need the right to make namespaces and bridges (root with ")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert missing.__wrapped__().startswith("simulated hosts need ip, tc, nsenter, unshare, mount on PATH (Debian pack")
 
 
 @pytest.mark.parametrize("end", ["exception", "SIGKILL"])
@@ -157,12 +165,8 @@ def test_two_hosts_train_as_one(trained: dict, way: str, engine: str) -> None:
     assert jobs.processes_of(launch.output) == 2
     assert jobs.difference(trained["alone"], launch.output) <= jobs.LIMIT
     said = launch.printed()
-    if way == "torchrun":
-        assert "torchrun.sh: host host2 of 2, 1 ranks here, meeting at host1:" in said
-    else:
-        assert ": 2 hosts (host1 host2), ranks on each: 1 1, 2 in all" in said
-        assert f"interface {INTERFACE}" in said
-    assert "devices here: no GPU (CPU)" in said
+    assert ": 2 hosts (host1 host2), ranks on each: 1 1, 2 in all" in said
+    assert f"interface {INTERFACE}" in said and "devices here: no GPU (CPU)" in said
 
 
 def test_an_elastic_job_goes_on_without_a_lost_host(trained: dict) -> None:
@@ -172,7 +176,11 @@ def test_an_elastic_job_goes_on_without_a_lost_host(trained: dict) -> None:
     resumed = jobs.resumed_at(job.printed())
     assert resumed and resumed[-1] >= faults.AT - faults.AT % faults.SAVE_EVERY
     assert jobs.difference(trained["whole"], job.output) <= jobs.LIMIT
-    assert "RankError" in job.printed()
+    said = job.printed()
+    assert "RankError" in said and "2 x cpu" in said and "1 x cpu" in said
+    for name in job.names:
+        assert f"torchrun.sh: host {name} of 1:2, 1 ranks here, meeting at host3:" in said
+    assert "torchrun.sh: elastic: yes, restarts: 3; devices here: no GPU (CPU)" in said
 
 
 # -- what the scripts say ---------------------------------------------------------------------------------------------
