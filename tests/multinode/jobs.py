@@ -78,7 +78,8 @@ def train(
         variables: more of the launch script's, such as NNODES="1:2".
     """
     port, folder = next(_ports), output.parent
-    logs = [folder / f"{output.name}-{name}.log" for name in names]
+    started_on = names if way == "torchrun" else names[:1]
+    logs = [folder / f"{output.name}-{name}.log" for name in started_on]
     job = Launch(hosts, names, output, logs)
     common = {"OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": ROOT}
     if way == "torchrun":
