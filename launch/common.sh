@@ -19,8 +19,7 @@ need_python() {
     python=$(command -v "$given") || fail "there is no Python $given; activate the virtual environment, or set PYTHON"
     "$python" -c 'import sys, importlib.util as u; sys.exit(u.find_spec("torch") is None)' \
         || fail "$python has no torch; activate the virtual environment, or set PYTHON"
-    PATH=$(dirname "$python"):$PATH # its own ninja, deepspeed and mpirun come first
-    export PATH
+    [ -z "${PYTHON:-}" ] || export PATH="$(dirname "$python"):$PATH" # its own ninja, deepspeed and mpirun come first
 }
 
 # GPUs of this host

@@ -29,7 +29,7 @@ from tests.pretraining import same
 TIMEOUT = 12  # seconds: pretrain.py --timeout
 BOUND = 20  # seconds beside it, on a busy machine, for an error to be raised and Python to end
 STEPS, AT, SAVE_EVERY = 40, 13, 5
-ELASTIC = {"NNODES": "1:2", "MAX_RESTARTS": 3, "RDZV_CONF": "last_call_timeout=8"}
+ELASTIC = {"NNODES": "1:2", "RDZV_CONF": "last_call_timeout=8"}
 PLAIN = ("cut", "killed", "power")
 CASES = (*PLAIN, "elastic-host", "elastic-power", "elastic-rank")
 
