@@ -22,6 +22,8 @@ NNODES=${NNODES:-1} JOB_ID=${JOB_ID:-pretrain}
 [[ $NNODES =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || fail "NNODES=$NNODES is neither a number of hosts nor MIN:MAX"
 elastic=no
 [[ $NNODES != *:* ]] || elastic=yes
+# torch 2.13: otherwise a host that comes later waits for an address which the first host gave to the first round only
+[ $elastic = no ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 MAX_RESTARTS=${MAX_RESTARTS:-$([ $elastic = yes ] && echo 3 || echo 0)}
 [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS=$MAX_RESTARTS is not a whole number"
 need_python

@@ -31,7 +31,7 @@ BOUND = 20  # seconds beside it, on a busy machine, for an error to be raised an
 STEPS, AT, SAVE_EVERY = 40, 13, 5
 ELASTIC = {"NNODES": "1:2", "RDZV_CONF": "last_call_timeout=8"}
 PLAIN = ("cut", "killed", "power")
-CASES = (*PLAIN, "elastic-host", "elastic-power", "elastic-rank")
+CASES = (*PLAIN, "elastic-host", "elastic-power", "elastic-rank", "elastic-join")
 
 
 @dataclass
@@ -141,6 +141,32 @@ def elastic(hosts: Hosts, names: list[str], case: str, engine: str, data: Path, 
     return outcome
 
 
+def join(hosts: Hosts, names: list[str], engine: str, data: Path, whole: Path) -> Outcome:
+    """A host that comes to a job of one host: its rank saves and ends, and both go on from there."""
+    output, began, outcome = whole.parent / f"join-{engine}", time.monotonic(), Outcome()
+    given = dict(ELASTIC, RDZV_ENDPOINT=f"{names[0]}:29400", JOB_ID="join")
+    job = jobs.train(hosts, names[:1], "torchrun", 1, arguments(data, output, engine), output, **given)
+    until(job, AT)
+    (rank,) = job.ranks(names[0])
+    os.kill(rank, signal.SIGSTOP)  # forty steps are over before another Python has started
+    came = jobs.train(hosts, names[1:], "torchrun", 1, arguments(data, output, engine), output, **given)
+    while "SIGTERM" not in job.printed():
+        assert job.alive() and came.alive(), came.printed()[-3000:]
+        time.sleep(0.05)
+    os.kill(rank, signal.SIGCONT)
+    outcome.ended = {"finished": job.wait()}
+    came.wait()
+    world, resumed = jobs.processes_of(output), jobs.resumed_at(job.printed())
+    if world != 2 or not resumed or resumed[0] % SAVE_EVERY == 0 or "signal 15: saved" not in job.printed():
+        outcome.errors.append(f"went on from {resumed} with {world} processes, not from a save between others with 2")
+    largest = jobs.difference(whole, output)
+    outcome.note = f"from step {resumed} with {world} processes, difference {largest:.1e}"
+    if not largest <= jobs.LIMIT:
+        outcome.errors.append(f"weights differ by {largest}")
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
 def undisturbed(hosts: Hosts, names: list[str], engine: str, data: Path) -> Path:
     """Output of the run that nothing happens to."""
     output = data.parent / f"whole-{engine}"
@@ -168,6 +194,8 @@ def main() -> None:
             for case in args.cases:
                 if case in PLAIN:
                     outcome = plain(hosts, hosts.names, case, args.way, engine, data, whole)
+                elif case == "elastic-join":
+                    outcome = join(hosts, hosts.names, engine, data, whole)
                 else:
                     outcome = elastic(hosts, hosts.names, case, engine, data, whole)
                 ended = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in outcome.ended.items())
