@@ -114,7 +114,7 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         "themselves are bf16")  # fmt: skip
     add("--timeout", type=float, metavar="SECONDS", help="how long a process waits for the others in any exchange "
         "before it ends with an error that names it (default: torch's and DeepSpeed's own, 30 minutes; 10 for torch on "
-        "GPUs). That a process ended is noticed at once on CPUs")  # fmt: skip
+        "GPUs; at the start at least 5 minutes). That a process ended is noticed at once on CPUs")  # fmt: skip
     add("--activation-checkpointing", action="store_true", help="recompute each layer in the backward "
         "pass (a ds_config's activation_checkpointing section does so, too, by DeepSpeed's function)")  # fmt: skip
 

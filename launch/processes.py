@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from lowrank_ds.launching import LaunchError, Place, find_place
 
+START = 300  # seconds that processes wait for each other at least, until all have started
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -95,5 +97,9 @@ def limit_waits(seconds: float | None) -> None:
 
 
 def timeout_of(seconds: float | None) -> dict[str, datetime.timedelta]:
-    """The `timeout` argument of init_process_group and deepspeed.init_distributed; nothing for their defaults."""
-    return {} if seconds is None else {"timeout": datetime.timedelta(seconds=seconds)}
+    """The `timeout` argument of init_process_group and deepspeed.init_distributed; nothing for their defaults.
+
+    Hosts that start at different speeds (imports from a busy file system) must not lose each other before they have
+    met: `limit_waits` sets what was asked for once the model is built.
+    """
+    return {} if seconds is None else {"timeout": datetime.timedelta(seconds=max(seconds, START))}
