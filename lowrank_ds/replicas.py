@@ -257,8 +257,8 @@ class InSubspace:
         if not collectives.agree(int.from_bytes(digest[:7], "little"), group, device):
             raise RankError(
                 f"reduce_in_subspace: the replicas are not at the same step of {some(slot.name for slot in slots)}: "
-                "they did not load the same checkpoint, or some left a step out. Nothing was averaged. End all ranks, mend "
-                "that, and start again from the last checkpoint."
+                "they did not load the same checkpoint, or some left a step out. Nothing was averaged. End all ranks, "
+                "mend that, and start again from the last checkpoint."
             )
 
     @torch.no_grad()

@@ -9,8 +9,8 @@ gradients from the parameters. So the all-reduce is left on, over a group of thi
     group.fsdp_params[i].sharded_param              the parameters
     group.gradient_divide_factor                    None, or what the user has set
 
-The gradients come to us by the parameters' own (public) hooks, which FSDP2 calls when it has set `p.grad`. No other file
-touches these attributes. Read and run with torch 2.13; versions outside `TESTED` are refused
+The gradients come to us by the parameters' own (public) hooks, which FSDP2 calls when it has set `p.grad`. No other
+file touches these attributes. Read and run with torch 2.13; versions outside `TESTED` are refused
 (LOWRANK_DS_UNTESTED_TORCH=1 overrides), and so is a torch without them.
 """
 
