@@ -324,15 +324,12 @@ class Averaging:
         tensors: of any shapes and dtypes, the same on every rank. group: the ranks.
         wire_dtype: what they travel (and are summed) as; None: as what they are.
         names: of what they belong to, for the error when a rank is gone.
-
-    Attributes:
-        nbytes: that travel.
     """
 
     def __init__(
         self, tensors: Sequence[Tensor], group: Any, wire_dtype: torch.dtype | None = None, names: Sequence[str] = ()
     ) -> None:
-        self.group, self.names, self.nbytes = group, names, 0
+        self.group, self.names = group, names
         self._moves: list[tuple[list[Tensor], Tensor, Any]] = []  # (what is replaced, by what, its all-reduce)
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors:
@@ -350,7 +347,6 @@ class Averaging:
         moved = flat.to(_wire(flat.device, self.group))
         if moved is not flat and not tensors:
             tensors = [first]
-        self.nbytes += moved.nbytes
         try:
             work = dist.all_reduce(moved, group=self.group, async_op=True)
         except dist.DistError as error:
@@ -383,6 +379,7 @@ class Averaging:
 
         return (futures[0] if len(futures) == 1 else torch.futures.collect_all(futures)).then(arrived)
 
+    @torch.no_grad()
     def _replace(self) -> None:
         for tensors, moved, _ in self._moves:
             for tensor, part in zip(tensors, moved.split([t.numel() for t in tensors]) if tensors else (), strict=True):

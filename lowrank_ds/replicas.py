@@ -204,7 +204,7 @@ class InSubspace:
         queue(lambda: queue(self._end))  # in the second round: DDP has queued its own end by the first
 
     @torch.no_grad()
-    def send(self, items: Sequence[tuple[Tensor, Tensor]], group: Any) -> Averaging:
+    def send(self, items: Sequence[tuple[Tensor, Tensor]], group: Any, flat: Tensor | None = None) -> Averaging:
         """See `engines.Averager`."""
         self._check_counters([host for host, _ in items], group, items[0][1].device)
         folds = [self._folds(host) for host, _ in items]
@@ -217,7 +217,7 @@ class InSubspace:
         now = Traffic(self._bytes(parts), self._bytes(grads), sum(grad.nbytes for _, grad in items))
         self._counted = self._counted.plus(now)
         names = [self._name(host) for host, _ in items]
-        return Averaging([*parts, *grads], group, self.wire_dtype, names)
+        return Averaging([flat] if flat is not None and not folded else [*parts, *grads], group, self.wire_dtype, names)
 
     def _bytes(self, tensors: list[Tensor]) -> int:
         return sum(t.numel() * (self.wire_dtype or t.dtype).itemsize for t in tensors)

@@ -41,16 +41,13 @@ class Hook:
                 f"(reduce_in_subspace is one too). Wrap it anew, and register no other hook. [{error}]"
             ) from error
 
-    def hosts(self) -> None:
-        """Any parameter may come in a bucket."""
-
     def average(self, items: list[tuple[Tensor, Tensor]], bucket: Tensor, group: Any) -> Averaging:
         """Start to average a bucket of (parameter, gradient): a flat `bucket` (numel,) and views of it."""
         averager = self._averager()
         if averager is None:  # its optimizer is gone: what DDP does without a hook
             return Averaging([bucket], group)
         averager.announce()
-        return averager.send(items, group)
+        return averager.send(items, group, bucket)
 
     def flush(self) -> None:
         """Nothing waits here: DDP waits for the buckets itself."""

@@ -32,6 +32,7 @@ from lowrank_ds.engines.replicas import Averager
 
 TESTED = ((2, 13), (2, 14))  # from, below
 BUCKET = 25 << 20  # bytes of gradients that are averaged together: DDP's default
+_IN_FLIGHT = 2  # buckets on their way at once
 _TAKEN = "_averaged_by_lowrank_ds"  # our mark on a mesh_info
 
 
@@ -135,6 +136,8 @@ class Buckets:
         hosts, self.waiting, self.waiting_bytes = self.waiting, [], 0
         items = [(host, _gradient(host)) for host in hosts]
         self.sent.append(self._averager().send(items, self.groups[hosts[0]]))
+        while len(self.sent) > _IN_FLIGHT:  # what travels is a copy
+            self.sent.pop(0).wait()
 
     def flush(self) -> None:
         """The backward is over: wait until all gradients are averaged."""

@@ -18,10 +18,11 @@ class Averager(Protocol):
     def announce(self) -> None:
         """A backward pass has begun to hand out gradients."""
 
-    def send(self, items: Sequence[tuple[Tensor, Tensor]], group: Any) -> Averaging:
+    def send(self, items: Sequence[tuple[Tensor, Tensor]], group: Any, flat: Tensor | None = None) -> Averaging:
         """Start to average these (parameter, gradient held here) over the ranks of `group`.
 
-        Every rank of the group sends the same parameters in the same order.
+        Every rank of the group sends the same parameters in the same order. flat (numel,): all these gradients, where
+        they are views of one tensor.
         """
 
 
