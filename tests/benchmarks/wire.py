@@ -5,8 +5,8 @@
 Two simulated hosts (network namespaces, tests/multinode/hosts.py), two ranks on each, gloo, each host's link shaped
 to `--rate` ("none": not shaped). A LLaMA of 4 layers, 256 wide, GaLore (power); DDP, and HSDP with the shards in a host
 and the replicas across. The first step makes the bases and is shown apart; of the others the fastest and the median
-are. Bytes are those the host's network card sent for a step, both ranks; "link": how long the shaped link takes for them;
-"asked": what a rank gave to all-reduces over replicas.
+are. Bytes are those the host's network card sent for a step, both ranks; "link": how long the shaped link takes for
+them; "asked": what a rank gave to all-reduces over replicas.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def table(rows: list[dict[str, Any]], rate: str) -> str:
     from tests.multinode.hosts import bits_per_second
 
     lines = [
-        "| engine | on the wire | step, s: fastest (median) | refresh step, s | MB sent by a host, step | link, s | MB, "
-        "refresh step | asked, MB: coordinates + whole | projected matrices: whole / coordinates |",
+        "| engine | on the wire | step, s: fastest (median) | refresh step, s | MB sent by a host, step | link, s | "
+        "MB, refresh step | asked, MB: coordinates + whole | projected matrices: whole / coordinates |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
