@@ -19,10 +19,15 @@ from tests.training import STEPS
 
 EXACT, LIMIT = 1e-6, 1e-5  # beside whole gradients on the wire; beside one process
 FOUR = 5e-6  # beside whole gradients on 4 replicas: the order of the sums alone moves replicate() from DDP by 3e-6
+# With three ranks 1e-2 is at rounding's mercy: one ulp in the initial weights moves one process by 3.5e-6, and DDP with
+# whole gradients ends 1.8e-6 from one process.
+SLOWER = "galore, lr 3e-3"
+THREE = [SLOWER, "power, rotated"]
 SHORT = {"steps": 7}  # with refreshes at 0 and 5; else 12 steps, with one more at 10
 # {case: (recipe, optimizer settings, how it is trained)}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "galore": ("galore", {}, {}),
+    SLOWER: ("galore", {"lr": 3e-3}, {}),
     "right, decay": ("galore right", {}, {}),
     "full": ("galore full", {}, SHORT),
     "power, rotated": ("galore power rotate", {}, {}),
@@ -108,7 +113,7 @@ def check(case: str, difference: float, traffic: list[Any], limit: float = EXACT
 # -- DDP ---------------------------------------------------------------------------------------------------------------
 def ddp(rank: int, world: int) -> dict[str, Any]:
     """Every case under DDP with 2 ranks, some with 3; and what else is asked of DDP."""
-    found = beside_whole("ddp", rank, world, list(CASES) if world == 2 else ["galore", "power, rotated"])
+    found = beside_whole("ddp", rank, world, [case for case in CASES if case != SLOWER] if world == 2 else THREE)
     if world == 2:
         for name, (case, options) in DDP.items():
             whole, _, _ = run("ddp", rank, world, case, False, **options)
