@@ -115,10 +115,12 @@ class TorchTrainer(Trainer):
         clip: float,
         processes: Processes,
         layerwise: dict | None = None,
+        in_subspace: dict | None = None,
     ):
         """optimizer_of: makes the optimizer from the wrapped model and the names of its embeddings, head and norms.
 
         layerwise: update inside the backward, with these arguments for `lowrank_ds.layerwise`; `clip` must be 0 then.
+        in_subspace: replicas exchange coordinates, with these for `lowrank_ds.reduce_in_subspace`; the same.
         """
         super().__init__(model, processes)
         self.clip, ends = clip, end_names(model)
@@ -126,8 +128,16 @@ class TorchTrainer(Trainer):
         self.wrapped = self.model
         self.optimizer = optimizer_of(self.module, ends)
         self.in_backward = lowrank_ds.layerwise(self.model, self.optimizer, **layerwise) if layerwise else None
+        self.replicas = None if in_subspace is None else self.reduce_in_subspace(in_subspace)
         self.two_passes = bool(layerwise) and layerwise.get("clip") == "two_pass"
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+
+    def reduce_in_subspace(self, arguments: dict):
+        """The handle of `lowrank_ds.reduce_in_subspace`."""
+        try:
+            return lowrank_ds.reduce_in_subspace(self.model, self.optimizer, **arguments)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise SystemExit(f"--reduce-in-subspace: {error}") from None
 
     @abstractmethod
     def wrap(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:

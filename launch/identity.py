@@ -34,6 +34,7 @@ def describe_run(args, config: dict | None, plan: BatchPlan, tokenizer, data: di
         "--gradient-clipping": float((config or {}).get("gradient_clipping") or args.gradient_clipping or 0),
         "--clip": None if clip == "two_pass" else clip,  # that is the exact norm, as without --layerwise
         "--dtype": dtype_name(args, config),
+        "--wire-dtype": args.wire_dtype,  # bf16 rounds what replicas exchange
         "--steps": args.steps,
         "--batch-size": plan.total,
         "--warmup-steps": args.warmup_steps,

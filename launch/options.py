@@ -109,6 +109,14 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="with --layerwise: sum micro-batches in the subspace "
         "(GaLore; Flora: accumulation_compression_rank in --optimizer-args)",
     )
+    add(
+        "--reduce-in-subspace",
+        action="store_true",
+        help="ddp, hsdp: replicas exchange projected gradients between refreshes, in place of whole ones (GaLore; the "
+        "same weights to rounding; docs/replicas.md)",
+    )
+    add("--wire-dtype", choices=["bf16"], help="with --reduce-in-subspace: what is exchanged travels as bf16 (half the "
+        "bytes, not exact)")  # fmt: skip
     add("--dtype", choices=["fp32", "bf16"], help="default: the ds_config's; without one bf16 on GPUs, fp32 on CPUs. "
         "bf16 is fp32 master weights computed in bf16 under fsdp1, fsdp2, hsdp and DeepSpeed; under ddp the weights "
         "themselves are bf16")  # fmt: skip
@@ -129,6 +137,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args([*(flags_of(parser, Path(config)) if config else []), *argv])
     check_engine(parser, args)
     check_layerwise(parser, args)
+    check_reduction(parser, args)
     if bool(args.train_data) == bool(args.dataset):
         parser.error("give either --train-data FILES or --dataset NAME")
     if args.train_data and not args.valid_data:
@@ -189,6 +198,25 @@ def check_layerwise(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(
             f"--gradient-clipping {args.gradient_clipping} with --layerwise needs --clip, one of {', '.join(CLIPS)}: "
             "there is no moment at which all gradients are there (see --help)"
+        )
+
+
+def check_reduction(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Say which flags go only with --reduce-in-subspace, and which not with it."""
+    if args.wire_dtype and not args.reduce_in_subspace:
+        parser.error(f"--wire-dtype {args.wire_dtype} is for --reduce-in-subspace")
+    if not args.reduce_in_subspace:
+        return
+    if args.engine not in ("ddp", "hsdp"):
+        parser.error(
+            f"--reduce-in-subspace: --engine {args.engine} has no replicas that all-reduce gradients; use ddp or hsdp"
+        )
+    if args.layerwise:
+        parser.error("--reduce-in-subspace and --layerwise exclude each other; leave one of them out")
+    if args.gradient_clipping:
+        parser.error(
+            f"--gradient-clipping {args.gradient_clipping} needs the norm of whole gradients, and with "
+            "--reduce-in-subspace no process has it; leave one of them out"
         )
 
 

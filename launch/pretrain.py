@@ -116,7 +116,9 @@ def build_torch(args, tokenizer, factor, plan: BatchPlan, processes: Processes) 
     if args.layerwise:
         norm = clip if args.clip else None
         clip, layerwise = 0.0, {"accumulation_steps": plan.accumulation, "clip": args.clip, "max_grad_norm": norm}
-    parts = model, optimizer_of, factor, clip, processes, layerwise
+    wire = torch.bfloat16 if args.wire_dtype == "bf16" else None
+    in_subspace = {"wire_dtype": wire} if args.reduce_in_subspace else None
+    parts = model, optimizer_of, factor, clip, processes, layerwise, in_subspace
     if args.engine == "ddp":
         return DdpTrainer(*parts)
     if args.engine == "fsdp1":
@@ -195,6 +197,7 @@ def summarise(args, config: dict | None, trainer, plan: BatchPlan, processes: Pr
     """Facts of the run beside its perplexity; every process must call it."""
     params = trainer.optimizer.defaults
     on_gpu = processes.device.type == "cuda"
+    replicas = getattr(trainer, "replicas", None)
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "optimizer": type(trainer.optimizer).__name__,
@@ -203,6 +206,7 @@ def summarise(args, config: dict | None, trainer, plan: BatchPlan, processes: Pr
         "embed_lr": params["lr"] if args.embed_lr is None else args.embed_lr,
         "engine": engine_name(args, config, processes.world),
         "layerwise": args.layerwise,
+        "bytes_averaged_over_replicas": None if replicas is None else replicas.total._asdict(),
         "model": args.model,
         "parameters": trainer.parameters,
         "steps": args.steps,

@@ -33,6 +33,7 @@ from lowrank_ds.lora_fa import LoRAFA, create_lorafa_optimizer, freeze_lora_a, l
 from lowrank_ds.lora_layers import recompute_dropout
 from lowrank_ds.memory import state_bytes, weight_bytes
 from lowrank_ds.params import divide_params, param_groups
+from lowrank_ds.replicas import reduce_in_subspace
 from lowrank_ds.version import __version__
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "lorafa_groups",
     "param_groups",
     "recompute_dropout",
+    "reduce_in_subspace",
     "save_checkpoint",
     "state_bytes",
     "weight_bytes",

@@ -50,6 +50,19 @@ def fold(job: Job) -> Steps:
     job.state["accumulated_peak"].copy_(largest)
 
 
+def project(job: Job) -> Steps:
+    """Coordinates (kept lines, r) of job.grad in the recipe's own basis, for the caller to keep; see `replicas.py`."""
+    how = job.recipe.subspace
+    side = choose(how.proj_type, job.layout, how.rank, how.replicated)
+    if how.method == "gaussian":
+        basis = side.random((*job.key, job.refresh_count - 1), job.weight.device)
+    else:
+        stored = _bases(job, side)
+        basis = side.gathered(stored, (yield side.requests(stored)))
+    coords, _ = yield from side.down(job.grad, basis, False)
+    return coords
+
+
 def basis_of(job: Job, side) -> Steps:
     """(the basis that the sums are coordinates in, the largest gradient magnitude so far (0-d) over all ranks)."""
     peaks = ask_peaks(job)
@@ -79,13 +92,16 @@ def _key(job: Job) -> tuple:
 
 
 def ask_peaks(job: Job, known: Tensor | None = None) -> Gather:
-    """Each holder's largest gradient magnitude (without a gradient: of the sums, which one rank may have spoiled).
+    """Each holder's largest gradient magnitude (without a gradient: of the sums, which one rank may have spoiled; of
+    coordinates that have come in its place).
 
     known: this rank's (0-d), where it was computed with something else.
     """
     axis = job.layout.even(job.layout.takers)  # one line each
     mine = known
-    if mine is None:
+    if mine is None and job.arrived is not None:
+        mine = linalg.peak(job.arrived)
+    elif mine is None:
         mine = job.state["accumulated_peak"] if job.grad is None else linalg.peak(job.grad)
     return Gather(mine.view(1)[: axis.count], axis)
 

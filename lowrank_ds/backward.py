@@ -55,6 +55,11 @@ def layerwise(
         RuntimeError: a model under DDP, FSDP1 or ZeRO-1/2, or an optimizer on other tensors than the model's.
     """
     _check_arguments(optimizer, accumulation_steps, clip, max_grad_norm)
+    if optimizer._replicas is not None:
+        raise RuntimeError(
+            "layerwise: reduce_in_subspace(model, optimizer) averages coordinates when the backward ends, and updates "
+            "inside it would come before. Choose one of the two (call .remove() on the other's handle)."
+        )
     if optimizer._in_backward is not None:
         raise RuntimeError("layerwise() was called for this optimizer before; call .remove() on its handle first.")
     accumulation_steps = engines.attach(model, optimizer, accumulation_steps)

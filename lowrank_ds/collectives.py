@@ -312,3 +312,82 @@ def mean_scattered(whole: Tensor, group: Any, what: str = "") -> Tensor:
     except RuntimeError as error:
         raise _lost(reduce_scatter.__name__, group, [what], error) from error
     return part.to(whole.device)
+
+
+class Averaging:
+    """Tensors on their way to be replaced, in place, by their mean over the ranks of a group.
+
+    One all-reduce for each dtype that travels, whatever the number of tensors. Division comes before the sum, as DDP
+    does it, so that both round alike.
+
+    Args:
+        tensors: of any shapes and dtypes, the same on every rank. group: the ranks.
+        wire_dtype: what they travel (and are summed) as; None: as what they are.
+        names: of what they belong to, for the error when a rank is gone.
+    """
+
+    def __init__(
+        self, tensors: Sequence[Tensor], group: Any, wire_dtype: torch.dtype | None = None, names: Sequence[str] = ()
+    ) -> None:
+        self.group, self.names = group, names
+        self._moves: list[tuple[list[Tensor], Tensor, Any]] = []  # (what is replaced, by what, its all-reduce)
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            by_dtype.setdefault(wire_dtype or tensor.dtype, []).append(tensor)
+        for dtype in sorted(by_dtype, key=str):
+            if any(tensor.numel() for tensor in by_dtype[dtype]):
+                self._start(by_dtype[dtype], dtype)
+
+    def _start(self, tensors: list[Tensor], dtype: torch.dtype) -> None:
+        world, first = dist.get_world_size(self.group), tensors[0]
+        if len(tensors) == 1 and first.dtype == dtype and first.is_contiguous():
+            flat, tensors = first.view(-1).div_(world), []
+        else:
+            flat = torch.cat([tensor.reshape(-1).div(world).to(dtype) for tensor in tensors])
+        moved = flat.to(_wire(flat.device, self.group))
+        if moved is not flat and not tensors:
+            tensors = [first]
+        try:
+            work = dist.all_reduce(moved, group=self.group, async_op=True)
+        except dist.DistError as error:
+            raise _lost("all_reduce", self.group, self.names, error) from error
+        self._moves.append((tensors, moved, work))
+
+    def wait(self) -> None:
+        """Until all are replaced."""
+        for _, _, work in self._moves:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise _lost("all_reduce", self.group, self.names, error) from error
+        self._replace()
+
+    def future(self, result: Any) -> torch.futures.Future:
+        """In place of `wait`: a future that has `result` when all are replaced."""
+        futures = [work.get_future() for _, _, work in self._moves]
+        if not futures:
+            done: torch.futures.Future = torch.futures.Future()
+            done.set_result(result)
+            return done
+
+        def arrived(finished: torch.futures.Future) -> Any:
+            value = finished.value()  # raises what the all-reduce raised
+            for each in value if len(futures) > 1 else ():
+                each.value()
+            self._replace()
+            return result
+
+        return (futures[0] if len(futures) == 1 else torch.futures.collect_all(futures)).then(arrived)
+
+    @torch.no_grad()
+    def _replace(self) -> None:
+        for tensors, moved, _ in self._moves:
+            for tensor, part in zip(tensors, moved.split([t.numel() for t in tensors]) if tensors else (), strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+
+def agree(number: int, group: Any, device: torch.device) -> bool:
+    """Whether all ranks of a group give the same number (of 62 bits)."""
+    both = torch.tensor([number, -number]).to(_wire(device, group))
+    dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
+    return int(both[0]) == -int(both[1])

@@ -23,8 +23,9 @@ class Job:
     """One matrix in one step.
 
     grad, weight: this rank's entries (numel,), views of what the optimizer was handed. grad is None when all of this
-    step's gradient is in state["accumulated"], where `micro_batches` were summed (`accumulate.py`). An int8 weight is
-    this rank's rows (l, n), read and written a piece at a time.
+    step's gradient is in state["accumulated"], where `micro_batches` were summed (`accumulate.py`), or in `arrived`,
+    the coordinates (kept lines, r) that replicas averaged in its place (`replicas.py`). An int8 weight is this rank's
+    rows (l, n), read and written a piece at a time.
     state: the matrix's state tensors. step: 1, 2, ...; moment_step: the same since moments were last reset.
     lr, weight_decay: of this step. refresh: whether a new basis is due; refresh_count: bases drawn before this step;
     cold: whether "power" forgets the basis before; owner: the rank that computes an exact SVD; replica: the one it does
@@ -53,6 +54,7 @@ class Job:
     micro_batches: int = 0
     observe: Any = None  # an observe.Sink
     cold: bool = False
+    arrived: Tensor | None = None
 
     @property
     def name(self) -> str:

@@ -22,6 +22,7 @@ from lowrank_ds.subspace import is_cold
 if TYPE_CHECKING:
     from lowrank_ds.backward import InBackward
     from lowrank_ds.diagnostics import Diagnostics
+    from lowrank_ds.replicas import InSubspace
 
 Place = tuple[dict[str, Any], int]  # a param group and the index of a tensor in it
 
@@ -56,6 +57,7 @@ class LowRankOptimizer(BoundGroups):
         self._warned: set[str] = set()
         self._loads: dict[Any, dict[int, float]] = {}  # exact SVDs given to each rank in this step
         self._in_backward: InBackward | None = None
+        self._replicas: InSubspace | None = None
         self._errors: list[Exception] = []  # of this rank, raised when the others need nothing more of it
         self._observer: Diagnostics | None = None
         self._broken: BaseException | None = None  # what ended a step in its middle
@@ -77,8 +79,14 @@ class LowRankOptimizer(BoundGroups):
         """As the base; a step that failed midway is made good."""
         super().load_state_dict(state_dict)
         self._broken = None
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        """State was loaded: what backward passes have left belongs to the weights and bases of before."""
         if self._in_backward is not None:
-            self._in_backward.forget()  # gradients that arrived before
+            self._in_backward.forget()
+        if self._replicas is not None:
+            self._replicas.state_loaded()
 
     # -- the step -----------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -97,6 +105,8 @@ class LowRankOptimizer(BoundGroups):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._replicas is not None:
+            self._replicas.before_step()
         if self._compresses():
             self._warn_once("accumulate", _IDLE)  # unless accumulate() was called before
         held = [p for group in self.param_groups for p in group["params"] if p.numel()]
@@ -168,7 +178,7 @@ class LowRankOptimizer(BoundGroups):
         """The same where all micro-batches were summed already: a gradient now would ask for exchanges of its own."""
         self._errors.append(error)
         for slot in slots:
-            slot.state["accumulated_peak"].fill_(math.nan)
+            (slot.state["accumulated_peak"] if slot.arrived is None else slot.arrived).fill_(math.nan)
 
     def _run(self, jobs: list[tuple[Slot, Job]]) -> None:
         for device in _devices(job.weight for _, job in jobs):
@@ -241,6 +251,8 @@ class LowRankOptimizer(BoundGroups):
             self._in_backward.forget()
             for group, index in self._places():
                 engines.drop_grad(group["params"][index])
+        if self._replicas is not None:
+            self._replicas.forget()
         for slot in (slot for slots in self._slots.values() for slot in slots):
             slot.drop_sums()
 
@@ -250,8 +262,8 @@ class LowRankOptimizer(BoundGroups):
         return kind is not None and kind.rank is not None and self._sums(group["params"][index])
 
     def _sums(self, host: Tensor) -> bool:
-        """Whether micro-batches of this tensor were summed in the subspace."""
-        return any(slot.micro_batches for slot in self._slots.get(host, ()))
+        """Whether the coming step's gradient of this tensor is here as coordinates (sums of micro-batches, say)."""
+        return any(slot.summed for slot in self._slots.get(host, ()))
 
     @staticmethod
     def _mirror_bases(jobs: list[Job], device: torch.device) -> None:
@@ -269,7 +281,7 @@ class LowRankOptimizer(BoundGroups):
     def _work(self, group: dict[str, Any], index: int) -> list[tuple[Slot, dict, Tensor | None, Tensor]]:
         """(slot, group, gradient entries, weight entries) of one tensor; nothing if it has no gradient.
 
-        The gradient is None where all of it was summed in the subspace.
+        The gradient is None where all of it is here as coordinates.
         """
         host, rate = group["params"][index], self.learning_rate(group, 1)
         unknown = None if math.isfinite(rate) else ValueError(f"{type(self).__name__}: {_NO_RATE.format(rate)}")
@@ -278,7 +290,7 @@ class LowRankOptimizer(BoundGroups):
         if not host.requires_grad and not engines.has_grad(host):
             return []  # frozen: no state either
         slots = self._bind(group, index)
-        summed = bool(slots) and all(slot.micro_batches for slot in slots)
+        summed = bool(slots) and all(slot.summed for slot in slots)
         grad = None if summed and not engines.has_grad(host) else self._gradient(host, slots)
         if grad is None and not summed:
             return []
@@ -373,10 +385,10 @@ class LowRankOptimizer(BoundGroups):
             slot.layout, recipe, grad, weight, slot.state, (group["seed"], slot.name), step, slot.moment_step + 1,
             self._rate(group, step), float(group["weight_decay"]), refresh, count, slot.layout.rank,
             group["stochastic_rounding"], micro_batches=slot.micro_batches,
-            observe=self._sink(slot) if advance else None,
+            observe=self._sink(slot) if advance else None, arrived=slot.arrived if advance else None,
         )  # fmt: skip
         if advance:
-            slot.step, slot.moment_step, slot.micro_batches = step, slot.moment_step + 1, 0
+            slot.step, slot.moment_step, slot.micro_batches, slot.arrived = step, slot.moment_step + 1, 0, None
         return job
 
     def _rate(self, group: dict[str, Any], step: int) -> float:

@@ -146,6 +146,8 @@ def _inside(job: Job, side, basis, coords: Tensor) -> Steps:
 
 def _coordinates(job: Job, side, basis) -> Steps:
     """Coordinates (kept, r) of the whole step's gradient and, if the residual needs them, its lines' squared norms."""
+    if job.arrived is not None:
+        return job.arrived, None
     before = job.state["accumulated"].clone() if job.micro_batches else None
     if before is not None:
         accumulate.clear(job.state)

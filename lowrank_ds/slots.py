@@ -30,6 +30,7 @@ class Slot:
     parameter, index: the parameter it belongs to, and which of its matrices it is.
     state: its state tensors, plain ones that share memory with what `optimizer.state` holds.
     none_is_zero: see `Placement`.
+    arrived: coordinates (kept lines, r) of the coming step's gradient, where replicas averaged these in place of it.
     The counters mirror 0-d state tensors, so that no step reads a number back from the device. doublings, judged: how
     often the interval between refreshes was doubled, and after how many refreshes that was last decided.
     """
@@ -51,6 +52,7 @@ class Slot:
     none_is_zero: bool = False
     parameter: str = ""
     index: int = 0
+    arrived: Tensor | None = None
     _written: dict[str, int] = field(default_factory=dict)  # counters as the state has them
 
     def read_counters(self) -> None:
@@ -76,8 +78,14 @@ class Slot:
         if self.refreshes > HISTORY and stable >= how.lazy:  # the first basis was compared with none
             self.doublings += 1
 
+    @property
+    def summed(self) -> bool:
+        """Whether (part of) the coming step's gradient is here as coordinates."""
+        return bool(self.micro_batches) or self.arrived is not None
+
     def drop_sums(self) -> None:
         """Forget micro-batches that no step has used."""
+        self.arrived = None
         if self.micro_batches:
             accumulate.clear(self.state)
             self.micro_batches = 0

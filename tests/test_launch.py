@@ -135,6 +135,7 @@ def test_text_formats_give_the_same_documents(tmp_path: Path) -> None:
 
 LAYERWISE = ["--optimizer", "X", "--layerwise"]
 DATA = ["--optimizer", "X", "--dataset", "c4"]
+REDUCE = ["--optimizer", "X", "--reduce-in-subspace"]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +158,10 @@ DATA = ["--optimizer", "X", "--dataset", "c4"]
         ([*LAYERWISE, "--clip", "two_pass"], "--clip two_pass needs --gradient-clipping, the largest norm"),
         ([*LAYERWISE, "--engine", "fsdp1"], "FSDP1 fires no hook with the reduced gradient; use --engine fsdp2"),
         (["--layerwise", "--deepspeed_config", "z", "--gradient-clipping", "1"], "DeepSpeed clips before gradients"),
+        (["--optimizer", "X", "--wire-dtype", "bf16"], "--wire-dtype bf16 is for --reduce-in-subspace"),
+        ([*REDUCE, "--engine", "fsdp2"], "--reduce-in-subspace: --engine fsdp2 has no replicas that all-reduce"),
+        ([*REDUCE, "--layerwise"], "--reduce-in-subspace and --layerwise exclude each other"),
+        ([*REDUCE, "--gradient-clipping", "1"], "--gradient-clipping 1.0 needs the norm of whole gradients"),
         ([*DATA, "--timeout", "0"], "--timeout must be a number of seconds > 0"),
         ([*DATA, "--timeout", "inf"], "--timeout must be a number of seconds > 0"),
         ([*DATA, "--diagnostics-every", "-1"], "--diagnostics-every must be a number of steps, or 0 for never"),
@@ -335,13 +340,16 @@ def test_the_activation_checkpointing_section_is_applied(runs: Path) -> None:
 
 
 def layerwise_and_not(rank: int, world: int) -> list[float]:
-    """Largest difference of weights after three steps with and without `layerwise`, under FSDP2 and in (world, 1)."""
+    """Largest difference of weights after three steps with and without `layerwise`, under FSDP2 and in (world, 1).
+
+    And with and without `reduce_in_subspace`, in (world, 1).
+    """
     processes, found = Processes(rank, world, rank, torch.device("cpu")), []
     batches = [[tiny_batch()[rank : rank + 1], tiny_batch()[1 - rank : 2 - rank, :9]] for _ in range(3)]
 
-    def weights(mesh: object, algorithm: str, options: dict, clip: float, layerwise: dict | None) -> dict:
+    def weights(mesh: object, algorithm: str, options: dict, clip: float, layerwise: dict | None, *more: dict) -> dict:
         build = lambda model, ends: torch_optimizer(algorithm, model, {"lr": 1e-2, "rank": 8, **options}, None, ends)
-        parts = tiny_llama(), build, lambda step: 1.0, clip, processes, layerwise
+        parts = tiny_llama(), build, lambda step: 1.0, clip, processes, layerwise, *more
         trainer = Fsdp2Trainer(*parts, mesh=mesh, bf16=False)
         for micro_batches in batches:
             trainer.train_step(micro_batches)
@@ -360,6 +368,7 @@ def layerwise_and_not(rank: int, world: int) -> list[float]:
         found.append(largest_difference(*pair))
     usual = weights(shared, "GaLoreAdamW", {"update_proj_gap": 2}, 0.0, None)
     found.append(largest_difference(usual, weights(shared, "GaLoreAdamW", sums, 0.0, compressed)))
+    found.append(largest_difference(usual, weights(copies, "GaLoreAdamW", {"update_proj_gap": 2}, 0.0, None, {})))
     return found
 
 

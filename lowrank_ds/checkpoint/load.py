@@ -185,8 +185,7 @@ def _finish(plan: _Plan) -> None:
     if target.optimizer is None:
         return
     target.optimizer._broken = None
-    if target.optimizer._in_backward is not None:
-        target.optimizer._in_backward.forget()  # gradients of the weights that were here before
+    target.optimizer._forget_gradients()
     if plan.groups is None:
         target.optimizer.start_anew()
         return

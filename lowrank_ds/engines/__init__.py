@@ -19,20 +19,26 @@ from lowrank_ds.engines.accelerate import refuse_replacement
 from lowrank_ds.engines.deepspeed import allow, is_partitioned, model, name_of
 from lowrank_ds.engines.fsdp1 import check, record
 from lowrank_ds.engines.placement import Placement
+from lowrank_ds.engines.replicas import Averaged
+from lowrank_ds.engines.replicas import attach as attach_averager
+from lowrank_ds.engines.replicas import check as check_replicas
 from lowrank_ds.engines.zero3 import expect as expect_layerwise
 from lowrank_ds.engines.zero3 import wants as wants_layerwise
 from lowrank_ds.layout import Layout
 
 __all__ = [
+    "Averaged",
     "BEFORE_REDUCTION",
     "NOT_REDUCED",
     "Placement",
     "Sharers",
     "allow",
     "attach",
+    "attach_averager",
     "before_reduction",
     "check",
     "check_averaged",
+    "check_replicas",
     "current_backward",
     "drop_grad",
     "expect_layerwise",
