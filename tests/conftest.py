@@ -7,7 +7,8 @@ from typing import Any
 SLOW = (
     "test_sharded", "test_layerwise", "test_launch", "test_layerwise_zero3", "test_lora_fa_sharded",
     "test_huggingface_layerwise", "test_hosts", "test_deepspeed", "test_huggingface", "test_fsdp2", "test_neutral",
-    "test_checkpoint", "test_deepspeed_checkpoint", "test_resume", "test_low_bit", "test_int8_weights", "test_bf16_weights",
+    "test_checkpoint", "test_deepspeed_checkpoint", "test_resume", "test_low_bit", "test_int8_weights",
+    "test_bf16_weights",
 )  # fmt: skip
 
 

@@ -44,10 +44,10 @@ class Outcome:
     note: str = ""
 
 
-def arguments(data: Path, output: Path, engine: str) -> list[str]:
-    """Flags of a run that saves; the same for the first start and the next ones."""
-    schedule = ("--steps", STEPS, "--save-every", SAVE_EVERY, "--timeout", TIMEOUT, "--resume", "auto")
-    return jobs.arguments_of(data, output, engine, *schedule)
+def arguments(data: Path, output: Path, engine: str, *more: object) -> list[str]:
+    """Flags of a run that saves; the same for the first start and the next ones. torchrun.sh adds --resume auto."""
+    schedule = ("--steps", STEPS, "--save-every", SAVE_EVERY, "--timeout", TIMEOUT)
+    return jobs.arguments_of(data, output, engine, *schedule, *more)
 
 
 def fault(hosts: Hosts, job: jobs.Launch, case: str) -> float:
@@ -87,7 +87,8 @@ def end_of(running: Callable[[str], list], names: list[str], since: float, timeo
 def plain(hosts: Hosts, names: list[str], case: str, way: str, engine: str, data: Path, whole: Path) -> Outcome:
     """One case without elasticity, on two hosts, one process each. whole: output of the undisturbed run."""
     output, began, outcome = whole.parent / f"{case}-{way}-{engine}", time.monotonic(), Outcome()
-    job = jobs.train(hosts, names, way, 1, arguments(data, output, engine), output)
+    given = arguments(data, output, engine, "--resume", "auto")
+    job = jobs.train(hosts, names, way, 1, given, output)
     until(job, AT)
     since = fault(hosts, job, case)
     left = names if case == "cut" else names[:1]
@@ -108,7 +109,7 @@ def plain(hosts: Hosts, names: list[str], case: str, way: str, engine: str, data
             os.kill(pid, signal.SIGKILL)
     if case in ("cut", "power"):
         hosts.heal(names[1])
-    again = jobs.train(hosts, names, way, 1, arguments(data, output, engine), output)
+    again = jobs.train(hosts, names, way, 1, given, output)
     again.wait()
     resumed = jobs.resumed_at(again.printed())
     if not resumed or not AT - 2 * SAVE_EVERY < resumed[-1] < STEPS:

@@ -99,6 +99,9 @@ class Hosts:
         self.down()
 
     def _up(self) -> None:
+        for left in self.folder.parent.glob(f"{PREFIX}*"):  # by owners that were killed
+            if not Path(f"/proc/{left.name.removeprefix(PREFIX).split('-')[0]}").exists():
+                shutil.rmtree(left, ignore_errors=True)
         shutil.copytree(BIN, self.folder / "bin")
         if self.pdsh == "real":
             (self.folder / "bin" / "pdsh").unlink()
@@ -292,10 +295,15 @@ def main() -> None:
     if args.command == "up":
         return keep_up(args.count)
     hosts, rest = _there(), getattr(args, "rest", [])
+    if args.host not in hosts.names:
+        raise SystemExit(f"there is no {args.host}; there are {', '.join(hosts.names)}")
     if args.command == "run":
         path = f"PATH={hosts.folder / 'bin'}:{os.environ['PATH']}"
         os.execvp("nsenter", [*hosts._enter(args.host), path, *(rest or ["bash"])])
-    return getattr(hosts, args.command)(args.host, *rest)
+    try:
+        return getattr(hosts, args.command)(args.host, *rest)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
 
 
 def keep_up(count: int) -> None:
