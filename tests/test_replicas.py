@@ -28,11 +28,11 @@ SHORT = {"steps": 7}  # with refreshes at 0 and 5; else 12 steps, with one more 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "galore": ("galore", {}, {}),
     SLOWER: ("galore", {"lr": 3e-3}, {}),
-    "right, decay": ("galore right", {}, {}),
+    "right, decay": ("galore right", {}, SHORT),
     "full": ("galore full", {}, SHORT),
     "power, rotated": ("galore power rotate", {}, {}),
     "staggered, reset": ("galore randomized reset", {}, SHORT),
-    "adafactor": ("galore adafactor", {}, {}),
+    "adafactor": ("galore adafactor", {}, SHORT),
     "gaussian": ("galore", {"subspace": "gaussian"}, SHORT),
     "lazy": ("galore", {"update_proj_gap": 1, "lazy_refresh": True, "lazy_threshold": 1e-6}, {"steps": 10}),
     "micro-batches, the last averaged": ("galore", {}, {"pieces": 2, **SHORT}),
@@ -113,7 +113,9 @@ def check(case: str, difference: float, traffic: list[Any], limit: float = EXACT
 # -- DDP ---------------------------------------------------------------------------------------------------------------
 def ddp(rank: int, world: int) -> dict[str, Any]:
     """Every case under DDP with 2 ranks, some with 3; and what else is asked of DDP."""
-    found = beside_whole("ddp", rank, world, [case for case in CASES if case != SLOWER] if world == 2 else THREE)
+    found = beside_whole(
+        "ddp", rank, world, [case for case in CASES if case not in (SLOWER, "gaussian")] if world == 2 else THREE
+    )
     if world == 2:
         for name, (case, options) in DDP.items():
             whole, _, _ = run("ddp", rank, world, case, False, **options)
@@ -300,7 +302,7 @@ def test_ddp_two_ranks() -> None:
         for case, (difference, traffic, weights) in found.items():
             check(case, difference, traffic)
             if rank == 0 and case in ("galore", "right, decay", "adafactor"):
-                alone = training.one_process(CASES[case][0], **CASES[case][1])
+                alone = training.one_process(CASES[case][0], len(traffic), **CASES[case][1])
                 assert training.largest_difference(weights, alone) <= LIMIT, case
         assert extras["resumed"] == 0
         difference, skipped, also = extras["not_finite"]
