@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("info", help="versions, optimizers and their options")
     _checkpoint_commands(commands)
     _bench_command(commands, sys.argv[1:] if argv is None else argv)
+    _plan_command(commands, sys.argv[1:] if argv is None else argv)
     given = parser.parse_args(argv)
     if given.command == "run":
         launcher = [f"--local_rank={given.local_rank}"] if given.local_rank is not None else []
@@ -56,6 +57,10 @@ def main(argv: list[str] | None = None) -> int:
 
         given.argv = ["lowrank-ds", *(sys.argv[1:] if argv is None else argv)]
         return command.main(given)
+    elif given.command == "plan":
+        from lowrank_ds.plan import command as plan_command
+
+        return plan_command.main(given)
     else:
         return _checkpoint(given)
     return 0
@@ -69,6 +74,15 @@ def _bench_command(commands: argparse._SubParsersAction, argv: list[str]) -> Non
         command.add_parser(commands)
     else:
         commands.add_parser("bench", help="measure speed, memory and traffic beside AdamW and the packages")
+
+
+def _plan_command(commands: argparse._SubParsersAction, argv: list[str]) -> None:
+    """`plan`; what it needs is imported only when it is asked for."""
+    parser = commands.add_parser("plan", help="memory and traffic of a configuration, before anything is rented")
+    if "plan" in argv[:3]:
+        from lowrank_ds.plan import command
+
+        command.add_arguments(parser)
 
 
 def _checkpoint_commands(commands: argparse._SubParsersAction) -> None:
