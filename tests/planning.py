@@ -60,6 +60,13 @@ CELLS: dict[str, Settings] = {
 }
 
 
+class Allocated(Tracker):
+    """Storages that take memory: DeepSpeed keeps a meta tensor of each parameter."""
+
+    def _see(self, storage: torch.UntypedStorage) -> int:
+        return -1 if storage.device.type == "meta" else super()._see(storage)
+
+
 # -- one rank of a real run -------------------------------------------------------------------------------------------
 def run_cells(rank: int, world: int, names: list[str], cells: dict[str, Settings]) -> dict[str, dict[str, int]]:
     """{name: what was tracked on this rank}."""
@@ -71,7 +78,7 @@ def run_cell(rank: int, world: int, settings: Settings) -> dict[str, int]:
     torch.manual_seed(0)
     gc.collect()
     gc.disable()  # what only the cycle collector would free counts
-    tracker = Tracker()
+    tracker = Allocated()
     try:
         with simulate.blocks_of_a_gpu(), tracker:
             train, weights, optimizer, close = _ENGINES[settings.engine.rstrip("12")](settings, world)

@@ -63,7 +63,7 @@ class Tracker(TorchDispatchMode):
         if any(issubclass(kind, _dtensor()) for kind in types):
             return NotImplemented  # it will come again as operations on the local tensors
         result = func(*args, **(kwargs or {}))
-        for leaf in torch.utils._pytree.tree_leaves(result):
+        for leaf in (result,) if isinstance(result, Tensor) else torch.utils._pytree.tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(engines.local(leaf).untyped_storage())
         return result

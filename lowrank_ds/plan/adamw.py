@@ -13,7 +13,7 @@ from lowrank_ds.plan.settings import Settings
 class AdamW:
     """One rank's state: two arrays of the dtype of what it is handed, and a step of 4 bytes for each tensor."""
 
-    projectors = 0
+    projectors = table = 0
 
     def __init__(self, settings: Settings, rank: int) -> None:
         held = hosts(settings, rank)

@@ -73,6 +73,7 @@ class Planner:
         engine.start()
         ledger.add("moments", self.optimizer.moments)
         ledger.add("projectors", self.optimizer.projectors)
+        ledger.add("buffers", self.optimizer.table)
         Step(engine, ledger).run()
         phase, peak = ledger.peak
         state = {"moments": self.optimizer.moments, "projectors": self.optimizer.projectors}

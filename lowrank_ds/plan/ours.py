@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_ds import slots
+from lowrank_ds import noise, slots
 from lowrank_ds.bench.tracking import Tracker
 from lowrank_ds.job import Job
 from lowrank_ds.plan.holding import Host, hosts
@@ -98,6 +98,7 @@ class Ours:
         self.optimizer, self._named = build(settings)
         self._places: dict[str, tuple[dict[str, Any], int]] = {}
         self._sizes, self._known = Sizes(), {}
+        self.table = table_size(settings)
         self._bind()
         state = [(key, t) for store in self.optimizer.state.values() for key, t in store.items()]
         self.projectors = sum(t.nbytes for key, t in state if key.split("::")[-1].startswith("projector"))
@@ -166,6 +167,14 @@ class Ours:
                     optimizer._deal(job, optimizer._loads)
                 jobs.append((slot, job))
         optimizer._run(jobs)
+
+
+def table_size(settings: Settings) -> int:
+    """Bytes of the table that random rounding keeps (`noise.py`): of bf16 weights and of 8-bit moments."""
+    given = {**settings.algorithm.OPTIONS, **settings.options}
+    rounds = settings.handed != torch.float32 and given.get("stochastic_rounding", False)
+    table = noise._columns(META)  # made now: a step must not count it among what comes and goes
+    return table.nbytes if rounds or given.get("moments") == "8bit" or given.get("quantization") else 0
 
 
 def largest_rank(settings: Settings, optimizer: Any) -> int:

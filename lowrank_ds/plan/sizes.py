@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _META = torch.device("meta")
@@ -26,25 +25,54 @@ class Sizes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer an operation."""
         kwargs = kwargs or {}
-        leaves, spec = tree_flatten((args, kwargs))
-        if not any(type(leaf) is Tensor and leaf.device == _META for leaf in leaves):
-            return func(*args, **kwargs)
         kind = self._kinds.get(func) or self._kinds.setdefault(func, _kind(func))
+        if kind == "runs":
+            return func(*args, **kwargs)
+        known = _sizes((args, tuple(kwargs.items())))
+        if _ELSEWHERE in known or not known:
+            return func(*args, **kwargs)
         if kind == "writes":
             return args[0]
-        if kind == "runs" or any(isinstance(leaf, Tensor) and leaf.device != _META for leaf in leaves):
-            return func(*args, **kwargs)
-        key = (func, spec, *(_sizes(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves))
+        key = (func, *known)
         if key not in self._known:
             result = func(*args, **kwargs)
-            self._known[key] = tree_flatten(tree_map_only(Tensor, _Sized.of, result))
+            self._known[key] = _made(result)
             return result
-        found, shape = self._known[key]
-        return tree_unflatten([leaf.make() if isinstance(leaf, _Sized) else leaf for leaf in found], shape)
+        return _new(self._known[key])
 
 
-def _sizes(tensor: Tensor) -> tuple:
-    return tensor.shape, tensor.stride(), tensor.dtype
+_ELSEWHERE = "elsewhere"  # marks a tensor that has contents
+
+
+def _sizes(values: Any) -> list:
+    """What decides the sizes of a result; [] if no tensor is among `values`."""
+    found, tensors, waiting = [], False, [values]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            tensors = True
+            found += [value.shape, value.stride(), value.dtype] if value.device == _META else [_ELSEWHERE]
+        elif isinstance(value, (tuple, list)):
+            found.append(len(value))
+            waiting.extend(value)
+        else:
+            found += [type(value), value]
+    return found if tensors else []
+
+
+def _made(result: Any) -> Any:
+    """A description of tensors, for `_new`."""
+    if isinstance(result, Tensor):
+        return result.shape, result.stride(), result.dtype
+    return [_made(part) for part in result] if isinstance(result, (tuple, list)) else None
+
+
+def _new(made: Any) -> Any:
+    """Tensors as described."""
+    if isinstance(made, list):
+        return [_new(part) for part in made]
+    shape, stride, dtype = made
+    return torch.empty_strided(shape, stride, dtype=dtype, device=_META)
 
 
 def _kind(func: Any) -> str:
@@ -57,18 +85,3 @@ def _kind(func: Any) -> str:
     shared = any(value.alias_info is not None for value in (*schema.returns, *schema.arguments))
     return "runs" if shared else "makes"
 
-
-class _Sized:
-    """What a new tensor looks like."""
-
-    def __init__(self, shape: Any, stride: Any, dtype: torch.dtype) -> None:
-        self.shape, self.stride, self.dtype = shape, stride, dtype
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Sized:
-        """Of this one."""
-        return cls(*_sizes(tensor))
-
-    def make(self) -> Tensor:
-        """A new one."""
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=_META)
