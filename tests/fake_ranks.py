@@ -14,12 +14,10 @@ import torch
 import torch.distributed as dist
 
 import lowrank_ds
+from lowrank_ds.plan import models
 from tests import training
 
-LLAMA_7B = {
-    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 8,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 2048,
-}  # fmt: skip
+LLAMA_7B = models.PRESETS["llama_7b"] | {"num_hidden_layers": 8}
 RECIPES = ("galore", "galore right", "galore full", "galore adafactor", "fira", "apollo", "flora")
 
 
@@ -28,7 +26,7 @@ def model(sharded: bool, world: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):
-        whole = LlamaForCausalLM(LlamaConfig(**LLAMA_7B))
+        whole = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in LLAMA_7B.items() if k != "model_type"}))
     return training.fully_sharded("fsdp2", world, whole) if sharded else whole
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import lowrank_ds
+from lowrank_ds.bench.counting import counting
 from lowrank_ds.bench.tracking import Tracker
 from lowrank_ds.plan import Planner, Settings, Zero, models, simulate
 from tests.cluster import launch, quiet_deepspeed
@@ -73,8 +74,8 @@ def run_cells(rank: int, world: int, names: list[str], cells: dict[str, Settings
     return {name: run_cell(rank, world, cells[name]) for name in names}
 
 
-def run_cell(rank: int, world: int, settings: Settings) -> dict[str, int]:
-    """Three steps; bytes of {"total" at the worst moment of the third, "weights", "state"}."""
+def run_cell(rank: int, world: int, settings: Settings) -> dict[str, Any]:
+    """Three steps; {"total" at the worst moment of the third, and what it was, "weights", "state", our traffic}."""
     torch.manual_seed(0)
     gc.collect()
     gc.disable()  # what only the cycle collector would free counts
@@ -82,20 +83,25 @@ def run_cell(rank: int, world: int, settings: Settings) -> dict[str, int]:
     try:
         with simulate.blocks_of_a_gpu(), tracker:
             train, weights, optimizer, close = _ENGINES[settings.engine.rstrip("12")](settings, world)
-            for step in range(3):
+            for _ in range(3):
                 before = tracker.now()
-                train(torch.randint(0, 509, (settings.micro_batch, settings.seq)))
+                with counting() as sent:
+                    train(torch.randint(0, 509, (settings.micro_batch, settings.seq)))
             held = weights()
         tracker.name("weights", held)
         leaves = torch.utils._pytree.tree_leaves(dict(optimizer.state))
         tracker.name("state", [t for t in leaves if isinstance(t, torch.Tensor)])
         peak = tracker.peak(before)
         found = {"total": peak.total, "weights": _storages(held), "state": lowrank_ds.state_bytes(optimizer)}
-        found["at"] = peak.at
+        found |= {"at": peak.at, "calls": _dashed(sent.kinds), "bytes": _dashed(sent.bytes_of)}
         close()
     finally:
         gc.enable()
     return found
+
+
+def _dashed(counts: dict[str, int]) -> dict[str, int]:
+    return {kind.replace("_", "-"): count for kind, count in counts.items()}
 
 
 def _storages(tensors: list[torch.Tensor]) -> int:
@@ -133,8 +139,7 @@ def _mesh(settings: Settings) -> Any:
 def _zero(settings: Settings, world: int) -> tuple:
     """DeepSpeed: the same."""
     deepspeed = quiet_deepspeed()
-    options = {**settings.options, **({"rank": settings.subspace_rank} if settings.projects else {})}
-    options |= {"layerwise": True} if settings.layerwise else {}
+    options = settings.arguments | ({"layerwise": True} if settings.layerwise else {})
     config = {
         "train_micro_batch_size_per_gpu": settings.micro_batch, "gradient_clipping": 0.0,
         "bf16": {"enabled": settings.dtype == "bf16"},
@@ -187,7 +192,9 @@ FAKE: dict[str, Settings] = {
     "7B, Fira, 64 ranks": Settings(models.PRESETS["llama_7b"], rank=1024, nodes=8, checkpointing=True),
     "7B, Fira, 64 ranks, all activations": Settings(models.PRESETS["llama_7b"], rank=1024, nodes=8),
     "7B, Fira, HSDP 8 x 8": Settings(models.PRESETS["llama_7b"], rank=1024, nodes=8, engine="hsdp", checkpointing=True),
-    "70B, Fira, 512 ranks": Settings(models.PRESETS["llama_70b"], rank=512, nodes=64, checkpointing=True),
+    "70B dimensions, 8 layers, Fira, 512 ranks": Settings(
+        models.PRESETS["llama_70b"] | {"num_hidden_layers": 8}, rank=512, nodes=64, checkpointing=True
+    ),
 }
 
 
@@ -197,7 +204,10 @@ def main() -> None:
     parser.add_argument("--fake", action="store_true")
     parser.add_argument("--only", nargs="+", metavar="NAME")
     given = parser.parse_args()
-    columns = ["", *(f"{what}, {who}" for what in ("weights", "state", "total") for who in ("plan", "run", "difference"))]
+    columns = [
+        "",
+        *(f"{what}, {who}" for what in ("weights", "state", "total") for who in ("plan", "run", "difference")),
+    ]
     print("| " + " | ".join([*columns, "worst moment"]) + " |\n" + "|---" * 11 + "|")
     if given.fake:
         for name in given.only or FAKE:

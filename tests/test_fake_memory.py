@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.benchmarks.fake_memory import in_a_process
+from lowrank_ds.plan import Planner
+from tests.benchmarks.fake_memory import in_a_process, settings_of
 
 LAYERS, WORLD, RANK = 4, 8, 1024
 LAYER, ROOT, NORMS = 4 * 4096**2 + 3 * 4096 * 11008, 2 * 32000 * 4096, (2 * LAYERS + 1) * 4096  # entries
@@ -30,6 +31,9 @@ def test_layerwise_frees_gradients_under_fsdp2(capsys: pytest.CaptureFixture) ->
         moments = LAYERS * 2 * (4 * 4096 + 3 * 11008) * RANK
         bases = LAYERS * 7 * 4096 * RANK
         assert 0 <= found["state"] - (moments + bases + 2 * (ROOT + NORMS)) * 4 // WORLD < 2**20  # counters
+    for layerwise, found in ((False, usual), (True, ours)):
+        plan = Planner(settings_of("Fira", layerwise, WORLD, LAYERS, RANK)).plan(refresh=False)
+        assert plan.total == pytest.approx(found["total"], rel=0.03)
     assert usual["largest gradients"] == everything
     assert LAYER * 2 // WORLD <= ours["largest gradients"] <= units < 0.6 * everything
     assert ours["total"] < usual["total"]

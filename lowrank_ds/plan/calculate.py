@@ -28,8 +28,8 @@ class Plan:
     """What one configuration takes on the rank with most state.
 
     rank: that one, among those that share the model. peak: (phase, its worst moment) of the step; phases: of each.
-    state: {"moments", "projectors"} bytes. engine, ours: traffic of an ordinary step. refresh: of our part of a step that
-    renews all bases (None: there are none), and what it needs meanwhile.
+    state: {"moments", "projectors"} bytes. engine, ours: traffic of an ordinary step. refresh: our part of a step that
+    renews all bases, its traffic and what it needs meanwhile; None: there are none, or nobody asked.
     """
 
     settings: Settings

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="llama_7b", help=f"a config.json, a folder with one, or {', '.join(models.PRESETS)}")
     add("--recipe", default="fira", help=f"{', '.join([*RECIPES, ADAMW])}, or a class (default fira)")
-    add("--rank", type=int, default=None, help="of the subspaces (default: the recipe's)")
+    add("--rank", type=int, default=None, help="of the subspaces (default: the recipe's; 0: project nothing)")
     add("--engine", default="fsdp2", choices=ENGINES)
     add("--nodes", type=int, default=1)
     add("--gpus", type=int, default=8, help="of each node (default 8)")

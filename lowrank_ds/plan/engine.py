@@ -97,5 +97,3 @@ class Waiting:
         if names:
             self.engine.update(names)
             self.free(names)
-
-

@@ -42,41 +42,55 @@ def ranks_of(settings: Settings) -> list[int]:
     return sorted({max(1, width // part) for part in (4, 8, 16)}, reverse=True)
 
 
-def candidates(settings: Settings) -> Iterator[Settings]:
-    """All combinations that `Settings` accepts."""
-    coded = [{}]
+def _codes(settings: Settings) -> list[dict[str, str]]:
+    """Options that keep state in fewer bits, the exact ones first."""
     known = settings.algorithm.OPTIONS if settings.algorithm else {}
-    if "moments" in known:
+    coded: list[dict[str, str]] = [{}]
+    if "moments" in known and "moments" not in settings.options:
         coded += [{"moments": "8bit"}]
-    if "projector_dtype" in known and known.get("subspace") != "gaussian" and settings.projects:
-        coded += [{"moments": "8bit", "projector_dtype": "4bit"}]
-    for engine, rank, layerwise, kept in itertools.product(ENGINES, ranks_of(settings), (False, True), coded):
-        options = {**settings.options, **kept}
+        if settings.projects and known.get("subspace") != "gaussian":
+            coded += [{"moments": "8bit", "projector_dtype": "4bit"}]
+    return coded
+
+
+def candidates(settings: Settings, engine: str, rank: int) -> Iterator[Settings]:
+    """What `Settings` accepts of an engine and a rank, what costs least first."""
+    for kept, layerwise in itertools.product(_codes(settings), (False, True)):
         try:
             yield dataclasses.replace(
-                settings, engine=engine, rank=rank or None, layerwise=layerwise, options=options,
-                shard=settings.shard if engine == "hsdp" else 0,
+                settings, engine=engine, rank=rank if settings.projects else None, layerwise=layerwise,
+                options={**settings.options, **kept}, shard=settings.shard if engine == "hsdp" else 0,
             )  # fmt: skip
         except ValueError:
             continue  # an engine that cannot
 
 
 def find(settings: Settings, memory: int, progress: Callable[[str], None]) -> tuple[list[Found], Plan | None]:
-    """(what fits `memory` bytes, the cheapest first; the smallest of all where nothing does)."""
+    """(what fits `memory` bytes, the cheapest first; the smallest of all where nothing does).
+
+    Of an engine and a rank only what is needed: checkpointing, layer-wise updates and codes are tried where it does not
+    fit without. Checkpointing comes first (it costs time, codes cost exactness), then both.
+    """
     found: list[Found] = []
     smallest: Plan | None = None
-    for candidate in candidates(settings):
-        progress(f"{candidate.engine} rank {candidate.subspace_rank} {dict(candidate.options)}")
-        planner = Planner(candidate)
-        for checkpointing in (False, True):
-            planner.settings = dataclasses.replace(candidate, checkpointing=checkpointing)
-            plan = planner.plan(refresh=False)
-            if smallest is None or plan.total < smallest.total:
-                smallest = plan
-            if plan.total <= memory:
-                found.append(_found(plan))
-                break  # recomputing would only cost more
+    for engine, rank in itertools.product(ENGINES, ranks_of(settings)):
+        for candidate in candidates(settings, engine, rank):
+            progress(f"{engine}, rank {rank} {dict(candidate.options)}")
+            plans = _both(Planner(candidate))
+            smallest = min([*plans, *([smallest] if smallest else [])], key=lambda plan: plan.total)
+            fitting = [plan for plan in plans if plan.total <= memory]
+            found += [_found(plan) for plan in fitting[:1]]
+            if fitting and not fitting[0].settings.checkpointing:
+                break
     return sorted(found, key=lambda one: one.cost), smallest
+
+
+def _both(planner: Planner) -> list[Plan]:
+    """Without and with activation checkpointing."""
+    plans = []
+    for planner.settings in [dataclasses.replace(planner.settings, checkpointing=on) for on in (False, True)]:
+        plans.append(planner.plan(refresh=False))
+    return plans
 
 
 def _found(plan: Plan) -> Found:

@@ -71,7 +71,7 @@ def hosts(settings: Settings, rank: int) -> list[Host]:
         return [_flat_buffer(settings, group)]
     pieces = {name: ceil_div(math.prod(shape), group.size) for name, shape in shapes.items()}
     if settings.layerwise:
-        return [Host((_count(settings, n, group), ), (_piece(n, s, pieces[n], group, 0),)) for n, s in shapes.items()]
+        return [Host((_count(settings, n, group),), (_piece(n, s, pieces[n], group, 0),)) for n, s in shapes.items()]
     return [_sub_group(names, settings, pieces, group) for names in sub_groups(settings, pieces)]
 
 

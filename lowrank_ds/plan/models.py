@@ -51,5 +51,3 @@ def read(model: str) -> dict[str, Any]:
         if config.get(field):
             raise ValueError(f"--model {model}: {field} is true, which the formulas do not know; --simulate neither")
     return config
-
-

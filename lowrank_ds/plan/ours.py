@@ -55,10 +55,7 @@ def build(settings: Settings) -> tuple[Any, list]:
     """(the optimizer as a script would build it, the parameters of the whole model that it is built on)."""
     named = [(n, nn.Parameter(torch.empty(s, dtype=DTYPES[settings.dtype], device=META)))
              for n, s in settings.shapes.items()]  # fmt: skip
-    options = dict(settings.options)
-    if settings.projects:
-        options["rank"] = settings.subspace_rank
-    return settings.algorithm(named, **options), named
+    return settings.algorithm(named, **settings.arguments), named
 
 
 def state_sizes(settings: Settings, held: Sequence[Host], optimizer: Any) -> dict[str, int]:
@@ -183,5 +180,3 @@ def largest_rank(settings: Settings, optimizer: Any) -> int:
         return 0
     sizes = [sum(state_sizes(settings, hosts(settings, rank), optimizer).values()) for rank in range(settings.shards)]
     return max(range(settings.shards), key=lambda rank: sizes[rank])
-
-

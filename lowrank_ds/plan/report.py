@@ -22,7 +22,11 @@ def describe(plan: Plan) -> str:
     """The configuration in one line."""
     s = plan.settings
     parts = [s.recipe, f"rank {s.subspace_rank}" if s.projects else "", s.engine, f"{s.nodes} x {s.gpus} GPUs"]
-    parts += [f"shards of {s.shards}" if s.engine == "hsdp" else "", s.dtype, f"{s.micro_batch} x {s.seq} tokens a rank"]
+    parts += [
+        f"shards of {s.shards}" if s.engine == "hsdp" else "",
+        s.dtype,
+        f"{s.micro_batch} x {s.seq} tokens a rank",
+    ]
     parts += ["layer-wise" if s.layerwise else "", "activation checkpointing" if s.checkpointing else ""]
     parts += [f"{name}={value}" for name, value in s.options.items()]
     return ", ".join(part for part in parts if part)

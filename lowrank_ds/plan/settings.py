@@ -66,7 +66,8 @@ class Settings:
     """One configuration.
 
     config: the model's HF config. recipe: a name of RECIPES, a class name, or "adamw" (torch's AdamW, fused). rank: of
-    the subspaces; None: the recipe's default. options: the recipe's other options. nodes, gpus: of a node.
+    the subspaces; None: the recipe's default; 0: nothing is projected (our AdamW, which layer-wise updates can use).
+    options: the recipe's other options. nodes, gpus: of a node.
     seq, micro_batch: tokens of a sequence, sequences of a rank. layerwise, checkpointing: updates inside the backward,
     activation checkpointing. dtype: of weights, gradients and activations. shard: ranks that share one copy of the
     model under "hsdp" (0: those of a node). zero: DeepSpeed's settings.
@@ -117,7 +118,8 @@ class Settings:
             )
 
     def _check_layerwise(self) -> None:
-        if self.layerwise and self.engine in ("ddp", "zero1", "zero2"):
+        alone = self.engine == "ddp" and self.world == 1
+        if self.layerwise and not alone and self.engine in ("ddp", "zero1", "zero2"):
             raise ValueError(
                 f"--layerwise: {self.engine} keeps all gradients until the step, so that nothing would be saved, and "
                 "layerwise() refuses it. Use --engine fsdp2, hsdp or zero3"
@@ -129,8 +131,8 @@ class Settings:
         if not self.projects:
             return
         rank = self.subspace_rank
-        if rank < 1:
-            raise ValueError(f"--rank must be at least 1, got {rank}")
+        if rank < 0:
+            raise ValueError(f"--rank must be at least 1, or 0 to project nothing, got {rank}")
         smallest, name = min((min(shape), name) for name, shape in self.shapes.items() if name in self.matrices)
         if rank >= smallest:
             raise ValueError(
@@ -178,8 +180,8 @@ class Settings:
 
     @property
     def subspace_rank(self) -> int | None:
-        """r; None where nothing is projected (LOMO's family, AdamW)."""
-        if self.algorithm is None or self.algorithm.OPTIONS["rank"] is None:
+        """r; None where nothing is projected (LOMO's family, AdamW, rank 0)."""
+        if self.algorithm is None or self.algorithm.OPTIONS["rank"] is None or self.rank == 0:
             return None
         return self.algorithm.OPTIONS["rank"] if self.rank is None else self.rank
 
@@ -187,6 +189,12 @@ class Settings:
     def projects(self) -> bool:
         """Whether the recipe projects anything."""
         return self.subspace_rank is not None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of the optimizer's constructor."""
+        rank = {} if self.algorithm.OPTIONS["rank"] is None else {"rank": self.subspace_rank}
+        return {**self.options, **rank}
 
     @cached_property
     def matrices(self) -> frozenset[str]:

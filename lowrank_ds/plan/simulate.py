@@ -66,10 +66,7 @@ def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimiz
     """The recipe's optimizer on all parameters, its state made; or AdamW."""
     if settings.recipe == ADAMW:
         return torch.optim.AdamW(model.parameters(), lr=1e-3)
-    options = dict(settings.options)
-    if settings.projects:
-        options["rank"] = settings.subspace_rank
-    optimizer = settings.algorithm(model.named_parameters(), **options)
+    optimizer = settings.algorithm(model.named_parameters(), **settings.arguments)
     optimizer.init_state()
     return optimizer
 
@@ -139,13 +136,12 @@ def fake_mesh(world: int, shards: int) -> Any:
 
 def check(settings: Settings) -> None:
     """Raise ValueError for what fake tensors cannot run."""
-    if settings.engine not in ENGINES and settings.world > 1:
+    alone = settings.engine == "ddp" and settings.world == 1
+    if settings.engine not in ENGINES and not alone:
         raise ValueError(
-            f"--simulate: {settings.engine} looks at addresses, which fake tensors do not have; fsdp2 and hsdp can be "
-            "simulated, and ddp on one GPU"
+            f"--simulate: {settings.engine} looks at addresses, which fake tensors do not have; --engine fsdp2 and "
+            "hsdp can be simulated, and ddp on one GPU"
         )
-    if settings.engine.startswith("zero"):
-        raise ValueError("--simulate: DeepSpeed cannot run on fake tensors; --engine fsdp2 and hsdp can")
 
 
 def measure(settings: Settings) -> dict[str, Any]:
@@ -153,7 +149,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     check(settings)
-    mesh = fake_mesh(settings.world, settings.shards) if settings.engine in ENGINES and settings.world > 1 else None
+    mesh = fake_mesh(settings.world, settings.shards) if settings.engine in ENGINES else None
     begin = time.perf_counter()
     with ordinary_steps_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True):
         model = build_model(settings, mesh)

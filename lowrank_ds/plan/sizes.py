@@ -84,4 +84,3 @@ def _kind(func: Any) -> str:
         return "writes" if first and len(schema.returns) == 1 and func._overloadname.find("out") < 0 else "runs"
     shared = any(value.alias_info is not None for value in (*schema.returns, *schema.arguments))
     return "runs" if shared else "makes"
-

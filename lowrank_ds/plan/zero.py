@@ -97,4 +97,3 @@ class Partitioned(Engine):
         self.update()
         self.ledger.drop("gradients", exact)
         self.traffic.add("all-gather", self.flat * self.item)
-

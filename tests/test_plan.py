@@ -1,0 +1,185 @@
+"""`lowrank-ds plan`: bytes are those of real runs, errors name the flag, what is found fits."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank_ds import cli
+from lowrank_ds.bench import llama
+from lowrank_ds.plan import Planner, Settings, Zero, find, holding, models, ours
+from tests import planning
+
+ROOT = Path(__file__).parents[1]
+TINY = planning.SMALL | {"num_hidden_layers": 1, "vocab_size": 64}
+REAL = ["ddp", "zero2", "zero3, layer-wise", "fsdp2", "fsdp2, long, checkpointed"]
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, list[dict]]:
+    """What both ranks of real runs tracked."""
+    return planning.measured(REAL)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_weights_and_state_are_exact_and_the_total_within_three_percent(name: str, runs: dict) -> None:
+    """Uneven cuts: every rank's state is what is planned for it, the largest is the one that is reported."""
+    settings, tracked = planning.CELLS[name], runs[name]
+    plan = Planner(settings).plan()
+    states = [ours.Ours(settings, rank) for rank in range(2)]
+    if name == "ddp":
+        states[1] = states[0]
+    assert [o.moments + o.projectors for o in states] == [found["state"] for found in tracked]
+    assert sum(plan.state.values()) == max(found["state"] for found in tracked)
+    assert plan.peak.at["weights"] == max(found["weights"] for found in tracked)
+    assert plan.total == pytest.approx(max(found["total"] for found in tracked), rel=0.03)
+
+
+def test_traffic_is_what_a_run_sends(runs: dict) -> None:
+    """Our collectives, by kind, in number and bytes; and FSDP2's."""
+    for name in ("zero2", "fsdp2"):
+        plan = Planner(planning.CELLS[name]).plan()
+        assert dict(plan.ours.calls) == runs[name][plan.rank]["calls"], name
+        assert dict(plan.ours.sizes) == runs[name][plan.rank]["bytes"], name
+
+
+def test_sizes_answers_as_torch_does() -> None:
+    """Operations that are answered from memory leave temporaries and traffic as they are; a refresh too."""
+    for recipe in ("fira", "q_galore", "flora"):
+        one = ours.Ours(Settings(TINY, recipe, 16, gpus=2), 0)
+        quick = [one._track(one._renew, None) for _ in range(2)]
+        one._sizes = contextlib.nullcontext()
+        assert quick == [one._track(one._renew, None)] * 2
+
+
+def test_what_a_rank_holds() -> None:
+    """Pieces cover every parameter once, on any engine and number of ranks."""
+    for engine, world in (("zero1", 3), ("zero3", 5), ("fsdp2", 4)):
+        settings = Settings(TINY, engine=engine, gpus=world, rank=4)
+        held = dict.fromkeys(settings.shapes, 0)
+        for rank in range(world):
+            for host in holding.hosts(settings, rank):
+                for at in host.placements:
+                    m, n = (1, at.shape[0]) if len(at.shape) == 1 else at.shape
+                    held[at.name] += sum(layout.numel for _, _, layout in at.matrices(1, m, n))
+        assert held == {name: torch.Size(shape).numel() for name, shape in settings.shapes.items()}
+
+
+def test_state_without_making_it() -> None:
+    """What chooses the largest rank agrees with what is then made."""
+    for engine, recipe in (("zero2", "fira"), ("zero3", "galore_adafactor"), ("fsdp2", "q_galore")):
+        settings = Settings(TINY, recipe, 16, engine=engine, gpus=3)
+        built, _alive = ours.build(settings)
+        for rank in range(3):
+            made, counted = ours.Ours(settings, rank), ours.state_sizes(settings, holding.hosts(settings, rank), built)
+            assert counted["projectors"] == made.projectors
+            assert 0 <= made.moments - counted["moments"] <= 64 * len(settings.shapes)  # counters of what is elsewhere
+
+
+def test_presets_are_the_checked_in_configs() -> None:
+    """And projecting is decided as everywhere: by name."""
+    for file in (ROOT / "ds_configs" / "models").glob("*.json"):
+        theirs = json.loads(file.read_text())
+        assert models.PRESETS[file.stem] == {k: theirs[k] for k in models.PRESETS[file.stem]}
+    settings = Settings(models.read("llama_7b"))
+    assert sorted(settings.matrices) == sorted(llama.projected(settings.shapes))
+
+
+def test_more_tokens_more_memory() -> None:
+    """The largest micro-batch fits, one more does not; checkpointing makes room for more."""
+    settings = Settings(TINY, rank=8, gpus=2, seq=64)
+    planner = Planner(settings)
+    memory = planner.plan(5).total
+    assert planner.largest_micro_batch(memory) == 5
+    assert planner.largest_micro_batch(memory - 1) == 4
+    assert planner.largest_micro_batch(1) == 0
+    assert Planner(dataclasses.replace(settings, checkpointing=True)).largest_micro_batch(memory) > 5
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def tiny(tmp_path: Path) -> str:
+    """A folder with a model's config."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    return str(tmp_path)
+
+
+def test_text_and_json(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Categories add up; AdamW stands beside."""
+    out = tmp_path / "plan.json"
+    flags = ["--model", tiny, "--rank", "8", "--engine", "zero2", "--gpus", "2", "--seq", "64", "--moments", "8bit"]
+    assert cli.main(["plan", *flags, "--json", str(out)]) == 0
+    text, found = capsys.readouterr().out, json.loads(out.read_text())
+    for words in ("master weights", "projectors", "largest micro-batch", "worst moment", "all-gather", "AdamW"):
+        assert words in text
+    for plan in (found["plan"], found["adamw"]):
+        assert sum(plan["at_peak"].values()) == plan["total"]
+        assert max(phase["total"] for phase in plan["phases"].values()) == plan["total"]
+    assert found["plan"]["state"]["moments"] < found["adamw"]["state"]["moments"] / 2
+    assert found["plan"]["traffic"]["engine"]["all-gather"]["calls"] == 1
+
+
+def test_find_takes_what_is_cheapest(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Everything found fits; with much memory nothing is recomputed or coded, with less something is, then nothing."""
+    settings = Settings(models.read(tiny), rank=8, gpus=2, seq=512)
+    plenty, _ = find.find(settings, 1 << 40, lambda text: None)
+    assert {one.plan.settings.engine for one in plenty} == set(holding_engines())
+    assert all(one.compute == 1 and not one.codes and not one.plan.settings.layerwise for one in plenty)
+    assert [one.cost for one in plenty] == sorted(one.cost for one in plenty)
+    least = min(one.plan.total for one in plenty)
+    scarce, smallest = find.find(settings, least - 1, lambda text: None)
+    assert scarce and all(one.plan.total < least for one in scarce)
+    assert scarce[0].compute > 1 or scarce[0].codes or scarce[0].plan.settings.layerwise
+    assert smallest.total <= min(one.plan.total for one in scarce)
+    flags = ["--model", tiny, "--rank", "8", "--gpus", "2", "--gpu-memory", "0.001", "--reserve", "0", "--find"]
+    assert cli.main(["plan", *flags]) == 1
+    assert "nothing fits. The least is" in capsys.readouterr().out
+
+
+def holding_engines() -> list[str]:
+    """Engines that a single node of two GPUs can choose from."""
+    return ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--recipe", "muon"], ["--recipe 'muon'", "fira", "apollo", "adamw"]),
+        (["--rank", "44"], ["--rank 44", "k_proj"]),
+        (["--rank", "-1"], ["--rank"]),
+        (["--engine", "hsdp", "--nodes", "3", "--shard", "4"], ["--shard 4", "24"]),
+        (["--engine", "hsdp"], ["--engine hsdp", "--shard"]),
+        (["--shard", "2"], ["--shard 2", "hsdp"]),
+        (["--layerwise", "--engine", "zero2"], ["--layerwise", "zero2", "zero3"]),
+        (["--layerwise", "--recipe", "adamw"], ["--layerwise"]),
+        (["--gpus", "0"], ["--gpus"]),
+        (["--micro-batch", "0"], ["--micro-batch"]),
+        (["--model", "gpt5"], ["--model gpt5", "llama_7b"]),
+        (["--option", "moment=8bit"], ["moment", "did you mean"]),
+        (["--moments", "4bit"], ["moments must be"]),
+        (["--gpu-memory", "2", "--reserve", "3"], ["--gpu-memory", "--reserve"]),
+        (["--engine", "zero2", "--simulate"], ["--simulate", "fsdp2"]),
+    ],
+)
+def test_errors_name_the_flag(flags: list[str], words: list[str], tiny: str, capsys: pytest.CaptureFixture) -> None:
+    """Nothing is planned; status 2."""
+    model = [] if "--model" in flags else ["--model", tiny]
+    rank = [] if "--rank" in flags else ["--rank", "8"]
+    assert cli.main(["plan", *model, *rank, *flags]) == 2
+    said = capsys.readouterr()
+    assert not said.out or "--simulate" in flags
+    assert all(word in said.err for word in words), said.err
+
+
+def test_a_ds_config_says_how_large_buckets_are(tmp_path: Path) -> None:
+    """Its aliases too; what plan cannot know is refused by name."""
+    zero = Zero.read({"zero_optimization": {"reduce_bucket_size": 10, "prefetch_bucket_size": 7}}, "x")
+    assert (zero.reduce_bucket_size, zero.stage3_prefetch_bucket_size) == (10, 7)
+    for given, word in (({"offload_param": {"device": "cpu"}}, "offload_param"), ({"sub_group_size": "auto"}, "auto")):
+        with pytest.raises(ValueError, match=word):
+            Zero.read({"zero_optimization": given}, "--ds-config x")
