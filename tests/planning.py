@@ -167,7 +167,7 @@ def measured(names: list[str], cells: dict[str, Settings] = CELLS) -> dict[str, 
     found: dict[str, list[dict[str, int]]] = {}
     for world in sorted({cells[name].world for name in names}):
         alike = [name for name in names if cells[name].world == world]
-        ranks = launch(world, run_cells, alike, cells)
+        ranks = launch(world, run_cells, alike, cells, timeout=3000)
         found |= {name: [rank[name] for rank in ranks] for name in alike}
     return found
 

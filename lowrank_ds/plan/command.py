@@ -96,6 +96,8 @@ def _zero(path: pathlib.Path | None) -> Zero:
 
 def _plan(given: argparse.Namespace) -> int:
     settings = settings_of(given)
+    if given.simulate:
+        simulate.check(settings)
     memory = int((given.gpu_memory - given.reserve) * GIB)
     planner = Planner(settings)
     plan, fitting = planner.plan(), {"plan": planner.largest_micro_batch(memory)}

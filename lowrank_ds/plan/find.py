@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lowrank_ds.plan.calculate import Plan, Planner
@@ -65,7 +65,9 @@ def candidates(settings: Settings, engine: str, rank: int) -> Iterator[Settings]
             continue  # an engine that cannot
 
 
-def find(settings: Settings, memory: int, progress: Callable[[str], None]) -> tuple[list[Found], Plan | None]:
+def find(
+    settings: Settings, memory: int, progress: Callable[[str], None], engines: Sequence[str] = ENGINES
+) -> tuple[list[Found], Plan | None]:
     """(what fits `memory` bytes, the cheapest first; the smallest of all where nothing does).
 
     Of an engine and a rank only what is needed: checkpointing, layer-wise updates and codes are tried where it does not
@@ -73,7 +75,7 @@ def find(settings: Settings, memory: int, progress: Callable[[str], None]) -> tu
     """
     found: list[Found] = []
     smallest: Plan | None = None
-    for engine, rank in itertools.product(ENGINES, ranks_of(settings)):
+    for engine, rank in itertools.product(engines, ranks_of(settings)):
         for candidate in candidates(settings, engine, rank):
             progress(f"{engine}, rank {rank} {dict(candidate.options)}")
             plans = _both(Planner(candidate))

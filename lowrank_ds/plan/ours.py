@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lowrank_ds import noise, slots
 from lowrank_ds.bench.tracking import Tracker
 from lowrank_ds.job import Job
-from lowrank_ds.plan.holding import Host, hosts
+from lowrank_ds.plan.holding import Host, Rows, hosts
 from lowrank_ds.plan.settings import DTYPES, Settings
 from lowrank_ds.plan.sizes import Sizes
 from lowrank_ds.plan.wire import planned
@@ -67,7 +67,7 @@ def state_sizes(settings: Settings, held: Sequence[Host], optimizer: Any) -> dic
     recipe = optimizer.recipe(group)
     for host in held:
         for at in host.placements:
-            if at.cuts[at.rank + 1] == at.cuts[at.rank] and type(at).__name__ == "Placement":
+            if not isinstance(at, Rows) and at.cuts[at.rank + 1] == at.cuts[at.rank]:
                 continue  # nothing of it is here; what is kept all the same are counters
             for name, kept, numel in _kept(at, recipe, at.name in optimizer._projected):
                 size = numel if kept.entries else math.prod(kept.local)

@@ -65,7 +65,7 @@ def shard(model: nn.Module, mesh: Any) -> nn.Module:
 def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
     """The recipe's optimizer on all parameters, its state made; or AdamW."""
     if settings.recipe == ADAMW:
-        return torch.optim.AdamW(model.parameters(), lr=1e-3)
+        return torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     optimizer = settings.algorithm(model.named_parameters(), **settings.arguments)
     optimizer.init_state()
     return optimizer
