@@ -92,7 +92,7 @@ def test_presets_are_the_checked_in_configs() -> None:
 
 def test_more_tokens_more_memory() -> None:
     """The largest micro-batch fits, one more does not; checkpointing makes room for more."""
-    settings = Settings(TINY, rank=8, gpus=2, seq=64)
+    settings = Settings(TINY | {"num_hidden_layers": 3}, rank=8, gpus=2, seq=64)
     planner = Planner(settings)
     memory = planner.plan(5).total
     assert planner.largest_micro_batch(memory) == 5

@@ -86,7 +86,7 @@ def _kept(at: Any, recipe: Any, projected: bool) -> Iterable[tuple[str, Any, int
 class Ours:
     """One rank's optimizer, state made, on gradients that are all there.
 
-    moments, projectors: bytes of state. worlds: see `Settings`.
+    moments, projectors: bytes of state. table: of what random numbers are made of (`noise.py`), kept once it is needed.
     """
 
     def __init__(self, settings: Settings, rank: int) -> None:
@@ -95,7 +95,7 @@ class Ours:
         self.optimizer, self._named = build(settings)
         self._places: dict[str, tuple[dict[str, Any], int]] = {}
         self._sizes, self._known = Sizes(), {}
-        self.table = table_size(settings)
+        self.table = noise._columns(META).nbytes  # made now: a step must not count it among what comes and goes
         self._bind()
         state = [(key, t) for store in self.optimizer.state.values() for key, t in store.items()]
         self.projectors = sum(t.nbytes for key, t in state if key.split("::")[-1].startswith("projector"))
@@ -164,14 +164,6 @@ class Ours:
                     optimizer._deal(job, optimizer._loads)
                 jobs.append((slot, job))
         optimizer._run(jobs)
-
-
-def table_size(settings: Settings) -> int:
-    """Bytes of the table that random rounding keeps (`noise.py`): of bf16 weights and of 8-bit moments."""
-    given = {**settings.algorithm.OPTIONS, **settings.options}
-    rounds = settings.handed != torch.float32 and given.get("stochastic_rounding", False)
-    table = noise._columns(META)  # made now: a step must not count it among what comes and goes
-    return table.nbytes if rounds or given.get("moments") == "8bit" or given.get("quantization") else 0
 
 
 def largest_rank(settings: Settings, optimizer: Any) -> int:
