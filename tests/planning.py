@@ -53,6 +53,7 @@ CELLS: dict[str, Settings] = {
     "fsdp2, long, checkpointed": small(seq=512, checkpointing=True),
     "fsdp2, fp32": small(dtype="fp32"),
     "fsdp2, layer-wise": small(layerwise=True),
+    "fsdp2, layer-wise, checkpointed": small(layerwise=True, checkpointing=True),
     "fsdp2, galore, 8 bits": small(recipe="q_galore"),
     "fsdp2, apollo": small(recipe="apollo"),
     "fsdp2, flora": small(recipe="flora"),

@@ -147,6 +147,7 @@ class Ours:
 
     def _temporaries(self, tracker: Tracker) -> int:
         """What was alive beside weights, gradients and state, at the worst moment."""
+        tracker.name("state", [noise._columns(META)])
         for tensor, store in self.optimizer.state.items():
             tracker.name("state", store.values())
             tracker.name("weights", [tensor])
