@@ -25,7 +25,7 @@ _MOST = 4096  # sequences a rank: where the search for a micro-batch ends
 
 @dataclass(frozen=True)
 class Plan:
-    """What one configuration takes on the rank with most state.
+    """What one configuration takes on the rank that needs most.
 
     rank: that one, among those that share the model. peak: (phase, its worst moment) of the step; phases: of each.
     state: {"moments", "projectors"} bytes. engine, ours: traffic of an ordinary step. refresh: our part of a step that
@@ -55,40 +55,48 @@ class Planner:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.rank = settings, 0
-        if settings.recipe == ADAMW:
-            self.optimizer: Any = AdamW(settings, 0)
-        else:
+        self.settings = settings
+        ranks = {0}
+        if settings.recipe != ADAMW:
             built, _alive = ours.build(settings)
-            self.rank = ours.largest_rank(settings, built)
-            self.optimizer = Ours(settings, self.rank)
+            ranks = {ours.largest_rank(settings, built)}
+        if settings.engine in ("zero1", "zero2"):
+            ranks.add(settings.shards - 1)  # its gradients come first, while all activations are there
+        kind: Any = AdamW if settings.recipe == ADAMW else Ours
+        self.optimizers = {rank: kind(settings, rank) for rank in sorted(ranks)}
 
     def plan(self, micro_batch: int | None = None, refresh: bool = True) -> Plan:
         """The plan; refresh: look at a step that renews bases too."""
         settings = self.settings
         if micro_batch is not None:
             settings = dataclasses.replace(settings, micro_batch=micro_batch)
-        ledger = Ledger()
-        engine = self._engine(settings, ledger)
+        found = [self._of(settings, rank, refresh) for rank in self.optimizers]
+        return max(found, key=lambda plan: plan.total)
+
+    def _of(self, settings: Settings, rank: int, refresh: bool) -> Plan:
+        """The plan of one rank."""
+        ledger, optimizer = Ledger(), self.optimizers[rank]
+        engine = self._engine(settings, ledger, rank)
         engine.start()
-        ledger.add("moments", self.optimizer.moments)
-        ledger.add("projectors", self.optimizer.projectors)
-        ledger.add("buffers", self.optimizer.table)
+        ledger.add("moments", optimizer.moments)
+        ledger.add("projectors", optimizer.projectors)
+        ledger.add("buffers", optimizer.table)
         Step(engine, ledger).run()
         phase, peak = ledger.peak
-        state = {"moments": self.optimizer.moments, "projectors": self.optimizer.projectors}
-        renewed = self.optimizer.refresh() if refresh and settings.projects else None
-        return Plan(settings, self.rank, phase, peak, ledger.peaks, state, engine.traffic, engine.ours, renewed)
+        state = {"moments": optimizer.moments, "projectors": optimizer.projectors}
+        renewed = optimizer.refresh() if refresh and settings.projects else None
+        return Plan(settings, rank, phase, peak, ledger.peaks, state, engine.traffic, engine.ours, renewed)
 
-    def _engine(self, settings: Settings, ledger: Ledger) -> Engine:
+    def _engine(self, settings: Settings, ledger: Ledger, rank: int) -> Engine:
+        update = self.optimizers[rank].update
         kinds = {"ddp": Replicated, "fsdp2": FullyShard, "hsdp": FullyShard}
-        kinds |= dict.fromkeys(("zero1", "zero2"), partial(Partitioned, rank=self.rank))
+        kinds |= dict.fromkeys(("zero1", "zero2"), partial(Partitioned, rank=rank))
         if settings.engine == "zero3":
             scratch = Ledger()
-            uses = Uses(settings, scratch, self.optimizer.update)
+            uses = Uses(settings, scratch, update)
             Step(uses, scratch).run()
             kinds["zero3"] = partial(Gathering, order=uses.order)
-        return kinds[settings.engine](settings, ledger, self.optimizer.update)
+        return kinds[settings.engine](settings, ledger, update)
 
     def largest_micro_batch(self, memory: int) -> int:
         """How many sequences fit `memory` bytes; 0 if not even one does."""

@@ -18,7 +18,8 @@ class FullyShard(Engine):
     Gathered for a unit: a buffer, and out of it the parameters. In the forward the buffer lives until the next unit has
     copied out of its own; in the backward the next unit is gathered while this one computes. The root stays gathered
     from its forward to the end of the backward, and so do its gradients. Gradients are copied into the buffer that is
-    reduce-scattered, which lives until the next unit's.
+    reduce-scattered, which lives until the next unit's. Under HSDP torch holds what was all-reduced until the backward
+    is over (`_all_reduce_state`), so that layer-wise updates free gradients only then.
     """
 
     def __init__(self, *arguments: Any) -> None:
@@ -33,6 +34,7 @@ class FullyShard(Engine):
         self.scattered = 0  # bytes of the last buffer that was reduce-scattered
         self.unreduced = dict.fromkeys(self.members, 0)
         self.left: dict[str, set[str]] = {}  # parameters whose sharded gradients are alive, by unit
+        self.reducing, self.held = False, 0  # HSDP: bytes of gradients that are used, and kept all the same
         self.waiting = Waiting(self, self._free)
 
     def start(self) -> None:
@@ -53,6 +55,7 @@ class FullyShard(Engine):
     def open(self, unit: str, backward: bool) -> None:
         """Gather it; copy the parameters out."""
         if backward and unit == ROOT:
+            self.reducing = True
             self._gather(self.layers[-1])  # nothing else: it is still there
             return
         before = [other for other in self.gathered if other != unit]
@@ -109,13 +112,18 @@ class FullyShard(Engine):
             self.left[unit].discard(name)
             if not self.left[unit]:
                 del self.left[unit]
-                self.ledger.drop("gradients", self.part[unit])
+                if self.reducing and self.settings.shards < self.settings.world:
+                    self.held += self.part[unit]
+                else:
+                    self.ledger.drop("gradients", self.part[unit])
 
     def backward_done(self) -> None:
         """The root comes last."""
         self._reduce(ROOT)
         self.ledger.drop("buffers", self.scattered)
-        self.scattered = 0
+        self.scattered, self.reducing = 0, False
+        self.ledger.drop("gradients", self.held)
+        self.held = 0
         self.waiting.flush()
 
     def step(self) -> None:

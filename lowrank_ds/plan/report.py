@@ -13,7 +13,7 @@ from lowrank_ds.plan.settings import Settings
 
 _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")
 NOT_COUNTED = (
-    "Counted: tensors, on the rank with most state, in a step that renews no basis. Not counted: the CUDA context, "
+    "Counted: tensors, on the rank that needs most, in a step that renews no basis. Not counted: the CUDA context, "
     "buffers of NCCL, workspaces of kernels, fragmentation."
 )
 
