@@ -32,6 +32,8 @@ BIN = Path(__file__).with_name("bin")
 NETWORK = "10.77.0"
 INTERFACE = "ve0"
 PREFIX = "lowrank-hosts-"
+# tc, and elsewhere ip, are where PATH of an ordinary user does not look
+os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 TOOLS = {"ip": "iproute2", "tc": "iproute2", "nsenter": "util-linux", "unshare": "util-linux", "mount": "mount"}
 BOX = ("unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc")
 SWITCH = "ip link set lo up && ip link add name switch type bridge && ip link set switch up"
