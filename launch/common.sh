@@ -23,8 +23,16 @@ need_python() {
     [ -z "${PYTHON:-}" ] || export PATH="$(dirname "$python"):$PATH" # its own ninja, deepspeed and mpirun come first
 }
 
-# GPUs of this host
-gpus() { nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true; }
+# GPUs of this host, of those that CUDA_VISIBLE_DEVICES leaves if it is set
+gpus() {
+    local found shown
+    found=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        shown=$(tr , "\n" <<<"$CUDA_VISIBLE_DEVICES" | grep -c "^[^-]" || true)
+        [ "$shown" -ge "$found" ] || found=$shown
+    fi
+    echo "$found"
+}
 
 devices() {
     local count

@@ -259,14 +259,20 @@ def test_an_interface_that_is_not_found_is_told() -> None:
     assert common("hosts=(x.invalid); find_interface; echo $INTERFACE", INTERFACE="e7").stdout == "e7\n"
 
 
-def test_what_every_rank_gets() -> None:
-    """Variables that decide what is computed or allocated are handed on, others not; PYTHON becomes a full path."""
+def test_what_every_rank_gets(tmp_path: Path) -> None:
+    """Variables that decide what is computed or allocated; PYTHON as a full path; a GPU that is shown."""
     given = {"PYTORCH_CUDA_ALLOC_CONF": "x", "CUBLAS_WORKSPACE_CONFIG": "x", "NCCL_DEBUG": "x", "SOMETHING": "x"}
     names = common("variables", **given).stdout.split()
     assert set(given) - set(names) == {"SOMETHING"} and "PATH" in names and "HOME" not in names
     folder = Path(sys.executable).parent
     said = common(f"cd {folder}; need_python; echo $python", PYTHON=f"./{Path(sys.executable).name}")
     assert said.stdout.strip() == f"{folder}/./{Path(sys.executable).name}", said.stderr
+    nvidia = tmp_path / "nvidia-smi"
+    nvidia.write_text('#!/bin/sh\nprintf "GPU 0: H100\\nGPU 1: H100\\nGPU 2: H100\\n"\n')
+    nvidia.chmod(0o755)
+    for shown, count in {"0,2": 2, "": 0, "-1": 0, "0,1,2,3": 3}.items():
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        assert common("gpus", PATH=path, CUDA_VISIBLE_DEVICES=shown).stdout == f"{count}\n"
 
 
 def test_torchrun_meets_at_an_address(tmp_path: Path) -> None:
