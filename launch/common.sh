@@ -17,13 +17,22 @@ need_number() { [[ ${!1} =~ ^[1-9][0-9]*$ ]] || fail "$1=${!1} is not a whole nu
 need_python() {
     local given=${PYTHON:-python}
     python=$(command -v "$given") || fail "there is no Python $given; activate the virtual environment, or set PYTHON"
+    [[ $python == /* ]] || python=$PWD/$python
     "$python" -c 'import sys, importlib.util as u; sys.exit(u.find_spec("torch") is None)' \
         || fail "$python has no torch; activate the virtual environment, or set PYTHON"
     [ -z "${PYTHON:-}" ] || export PATH="$(dirname "$python"):$PATH" # its own ninja, deepspeed and mpirun come first
 }
 
-# GPUs of this host
-gpus() { nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true; }
+# GPUs of this host, of those that CUDA_VISIBLE_DEVICES leaves if it is set
+gpus() {
+    local found shown
+    found=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        shown=$(tr , "\n" <<<"$CUDA_VISIBLE_DEVICES" | grep -c "^[^-]" || true)
+        [ "$shown" -ge "$found" ] || found=$shown
+    fi
+    echo "$found"
+}
 
 devices() {
     local count
@@ -69,17 +78,25 @@ check_hosts() {
     done
 }
 
-# The network interface to the other hosts: INTERFACE, else the one towards the last host (all hosts must agree on it)
+# The network interface to the other hosts: INTERFACE, else the one towards the first host that is not this one (all hosts
+# must agree on it). The way to this host itself is lo, which serves only where there is no other host.
 find_interface() {
-    local address
-    address=$(getent ahostsv4 "${hosts[-1]}" | awk 'NR == 1 {print $1}')
-    INTERFACE=${INTERFACE:-$(ip -o route get "${address:-none}" 2>/dev/null | sed -n 's/.* dev \([^ ]*\).*/\1/p')}
-    [ -n "$INTERFACE" ] || fail "no route to ${hosts[-1]} was found; set INTERFACE to the network interface between the hosts"
+    local host address device
+    [ -z "${INTERFACE:-}" ] || return 0
+    for host in "${hosts[@]}"; do # a name that only ssh knows has no address
+        address=$(getent ahostsv4 "$host" | awk 'NR == 1 {print $1}') || continue
+        device=$(ip -o route get "$address" 2>/dev/null | sed -n 's/.* dev \([^ ]*\).*/\1/p') || continue
+        [ "$device" != lo ] || [ ${#hosts[@]} = 1 ] || continue
+        INTERFACE=$device
+        [ -z "$INTERFACE" ] || return 0
+    done
+    fail "no route to another of the hosts (${hosts[*]}) was found; set INTERFACE to the network interface between the hosts"
 }
 
 # What every rank's environment needs, one name a line: launchers over ssh hand on next to nothing by themselves.
 variables() {
-    compgen -e | grep -E '^(PATH|PYTHONPATH|LD_LIBRARY_PATH|VIRTUAL_ENV|CUDA_HOME|OMP_NUM_THREADS|MKL_NUM_THREADS)$|^(NCCL|GLOO|TORCH|DS|HF|TOKENIZERS|TRITON|LOWRANK|UCX)_'
+    compgen -e | grep -E -e '^(PATH|PYTHONPATH|PYTHONHASHSEED|LD_LIBRARY_PATH|VIRTUAL_ENV|CUDA_HOME|CUDA_DEVICE_MAX_CONNECTIONS|NVIDIA_TF32_OVERRIDE)$' \
+        -e '^(OMP|MKL)_NUM_THREADS$|^(NCCL|GLOO|TORCH|PYTORCH|CUBLAS|DS|HF|TOKENIZERS|TRITON|LOWRANK|UCX)_'
 }
 
 # use_interface: INTERFACE, if it is set, is the one that gloo and NCCL use

@@ -5,7 +5,7 @@
 #
 # HOSTFILE     lines "NAME slots=RANKS"; each host answers to ssh without a password, with the same files at the same place
 # LAUNCHER     pdsh (default), openmpi or mpich
-# INTERFACE    network interface between the hosts, the same name on all (default: the one towards the last host)
+# INTERFACE    network interface between the hosts, the same name on all (default: the one towards the other hosts)
 # MASTER_ADDR  address of the first host, as the others reach it (default: what its `hostname -I` says first)
 # MASTER_PORT  free port there (default 29500)
 # PYTHON       the virtual environment's Python (default: python on PATH)

@@ -5,7 +5,7 @@
 #
 # HOSTFILE     lines "NAME slots=RANKS"; each host answers to ssh without a password, with the same files at the same
 #              place. Without it: RANKS_PER_HOST processes on this host
-# INTERFACE    network interface between the hosts, the same name on all (default: the one towards the last host)
+# INTERFACE    network interface between the hosts, the same name on all (default: the one towards the other hosts)
 # MASTER_ADDR, MASTER_PORT  where the ranks meet (default: rank 0's address and a free port there)
 # PYTHON       the virtual environment's Python (default: python on PATH)
 set -euo pipefail

@@ -29,7 +29,7 @@ mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 RANKS_PER_HOST=${RANKS_PER_HOST:-${SLURM_GPUS_ON_NODE:-}}
 [ -n "$RANKS_PER_HOST" ] || unset RANKS_PER_HOST
 ranks_per_host
-port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))} # below the ports of outgoing connections
 export NNODES=${#hosts[@]} RANKS_PER_HOST RDZV_ENDPOINT=${hosts[0]}:$port JOB_ID=${SLURM_JOB_ID:-pretrain} PYTHON=$python
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}
 say "${#hosts[@]} hosts (${hosts[*]}), $RANKS_PER_HOST ranks on each, meeting at $RDZV_ENDPOINT; devices here: $(devices)"
@@ -40,6 +40,8 @@ for argument in "$@"; do
     [[ $argument != --output=* ]] || output=${argument#--output=}
     previous=$argument
 done
+# left by the run before: a start that fails early must not be queued again because of it
+[ -z "$output" ] || rm -f "$output/preempted"
 again=()
 [[ " $* " == *" --resume"* || " $* " != *" --save-every"* ]] || again=(--resume auto) # when it is queued again
 cores=()

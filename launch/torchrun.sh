@@ -34,13 +34,14 @@ if [ "$NNODES" = 1 ] && [ -z "${RDZV_ENDPOINT:-}" ]; then
     given+=(--standalone)
 else
     [[ ${RDZV_ENDPOINT:-} =~ ^[^:]+:[0-9]+$ ]] || fail "NNODES=$NNODES needs RDZV_ENDPOINT=HOST:PORT, the same on every host"
-    getent hosts "${RDZV_ENDPOINT%:*}" >/dev/null || fail "RDZV_ENDPOINT=$RDZV_ENDPOINT: ${RDZV_ENDPOINT%:*} does not resolve here"
+    getent ahosts "${RDZV_ENDPOINT%:*}" >/dev/null || fail "RDZV_ENDPOINT=$RDZV_ENDPOINT: ${RDZV_ENDPOINT%:*} does not resolve here"
     given+=(--rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "$JOB_ID")
     [ -z "${RDZV_CONF:-}" ] || given+=(--rdzv-conf "$RDZV_CONF")
 fi
 arguments=" $* "
 if [ $elastic = yes ] || [ "$MAX_RESTARTS" -gt 0 ]; then
-    [[ $arguments == *" --save-every"* || $arguments == *" --config"* ]] \
+    saves=' --save-every[= ]0*[1-9]' # 0 is never
+    [[ $arguments =~ $saves || $arguments == *" --config"* ]] \
         || fail "ranks that are started again need a checkpoint: add --save-every N (NNODES=$NNODES, MAX_RESTARTS=$MAX_RESTARTS)"
     [[ $arguments == *" --resume"* ]] || set -- "$@" --resume auto
     [[ $arguments == *" --timeout"* ]] || say "no --timeout: a lost link is noticed after 30 minutes only (GPUs: 10)"

@@ -174,6 +174,15 @@ def test_a_rank_that_cannot_tell_its_facts(capsys: pytest.CaptureFixture) -> Non
     )
 
 
+def test_ranks_without_facts_have_their_places(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 of 3 tells no facts: local ranks 0 and 2 of the others are no second problem."""
+    alike = {"local_world": 3, "device": {"kind": "cpu", "id": ""}}
+    monkeypatch.setattr(facts, "collect", lambda place: fake(place.rank, local_rank=place.rank, **alike))
+    assert _examine(3, {1: lambda *_: None, 2: command.follow}) == (1, {1: None, 2: 1})
+    (line,) = _lines(capsys.readouterr().out, "problem")
+    assert line.startswith("problem (rank 1): of 3 ranks, rank 1 came, but told no facts")
+
+
 def test_rank_0_is_missing(
     quiet: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -230,7 +239,7 @@ def job(*changed: dict[str, Any]) -> list[dict[str, Any]]:
 def test_good_facts_give_no_finding() -> None:
     """Also with what may differ between ranks."""
     free = fake(3, "b", environment={"CUDA_VISIBLE_DEVICES": "1", "NCCL_DEBUG": "INFO"})
-    assert command.compare(job()) == command.compare(job(free)) == command.compare([fake(0, local_world=1)]) == []
+    assert all(command.compare(good, good) == [] for good in (job(), job(free), [fake(0, local_world=1)]))
 
 
 STALE = {"path": "/e/lock", "age": 5, "open": False}
@@ -276,7 +285,7 @@ CASES: dict[str, tuple[list[dict], str, str, tuple[int, ...]]] = {
 def test_one_thing_wrong_is_one_finding(name: str) -> None:
     """Its level, its text and the ranks it names; nothing else is said."""
     ranks, level, text, who = CASES[name]
-    (found,) = command.compare(ranks)
+    (found,) = command.compare(ranks, ranks)
     assert (found.level, found.ranks) == (level, who) and re.search(text, found.what), found
     assert str(found).startswith(f"{level} ({names(who)}): ")
 
@@ -357,6 +366,7 @@ def test_shared_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine.mkdir(), other.mkdir()
     name = shared.offer(mine)
     assert shared.look(mine, name, 0) == "" and "not seen" in shared.look(other, name, 1)
+    assert shared.look(tmp_path / ("x" * 300), name, 1)  # a folder that cannot even be looked into is told, too
     assert shared.clear(mine, name, [0, 2]) == [2]
     assert list(mine.iterdir()) == []
     (found,) = shared.check(job(), {0: "", 1: "a file that rank 0 wrote is not seen", 2: ""}, mine)

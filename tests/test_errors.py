@@ -233,6 +233,9 @@ def test_groups_name_the_subspace_they_have(options: dict, method: str) -> None:
     assert {group["subspace"] for group in state["param_groups"]} == {method}
     named = GaLoreAdamW(param_groups(model(), rank=2, subspace=method, **options), lr=1e-3, subspace=method, **options)
     named.load_state_dict(state)
+    open_ = [{**group, "subspace": None} for group in state["param_groups"]]  # saved before groups named it
+    named.load_state_dict({**state, "param_groups": open_})
+    assert {group["subspace"] for group in named.param_groups} == {method}
     other = "svd" if method == "power" else "power"
     if not options:
         with pytest.raises(ValueError, match=f"subspace is '{method}', but this optimizer was built with '{other}'"):

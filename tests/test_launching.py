@@ -57,6 +57,12 @@ def test_torchrun_inside_srun_keeps_its_ranks() -> None:
     assert find_place({**STEP, "SLURM_NTASKS": "2", **RANKS}).world == 4
 
 
+def test_one_process_in_an_interactive_step() -> None:
+    """salloc's own shell has a step of a reserved number (0xfffffffa), and SLURM_NTASKS of the allocation."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "SLURM_STEP_ID": "4294967290"}
+    assert find_place({**STEP, **alone}).world == 1
+
+
 def test_host_lists() -> None:
     """SLURM's notation, with padding, several brackets and plain names."""
     assert slurm.expand_hosts("a[01-03,10],b7,r[1-2]n[8-9]-x") == [
@@ -97,6 +103,8 @@ REFUSED = {
     "alone in mpiexec": ({"PMI_SIZE": "2", "RANK": "0", "WORLD_SIZE": "1"}, "would train alone"),
     "a batch script": ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "was not started by srun"),
     "no local id": ({k: v for k, v in STEP.items() if k != "SLURM_LOCALID"}, "SLURM_LOCALID is not set"),
+    "a shell of salloc": ({**STEP, "SLURM_STEP_ID": "4294967290"}, "was not started by srun"),
+    "a host beyond the list": ({**STEP, "SLURM_NODEID": "3"}, "SLURM_NODEID is 3 but SLURM_STEP_TASKS_PER_NODE=2"),
 }
 
 

@@ -113,7 +113,7 @@ class Examination:
         if len(here) == self.world:
             told = self._listen("facts", "came, but told no facts (a driver that hangs?)")
             self.ranks = self._complete(told)
-            self.findings += compare(self.ranks)
+            self.findings += compare(self.ranks, [here[rank] for rank in sorted(here)])
             plan = self._plan() if len(self.ranks) == self.world else plan
         self.channel.tell("plan", plan)
         if plan["go"]:
@@ -191,14 +191,14 @@ class Examination:
         return status
 
 
-def compare(ranks: Sequence[Facts]) -> list[Finding]:
-    """All that the ranks' facts say."""
+def compare(ranks: Sequence[Facts], here: Sequence[Facts]) -> list[Finding]:
+    """All that the ranks' facts say. here: whereabouts of all that came, also of those that told no facts."""
     checks = (
-        places.check_versions, places.check_places, places.check_devices, places.check_addresses,
-        settings.check_variables, settings.missing_interfaces, settings.check_threads, settings.check_traps,
-        numbers.check,
+        places.check_versions, places.check_devices, places.check_addresses, settings.check_variables,
+        settings.missing_interfaces, settings.check_threads, settings.check_traps, numbers.check,
     )  # fmt: skip
-    return [finding for check in checks for finding in check(ranks)] if ranks else []
+    found = [finding for check in checks for finding in check(ranks)] if ranks else []
+    return [*places.check_places(here), *found]
 
 
 def _who_came(here: dict[int, Facts], silent: Sequence[int]) -> str:

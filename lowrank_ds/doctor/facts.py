@@ -33,7 +33,6 @@ def collect(place: Place) -> dict[str, Any]:
     device = device_of(place)
     return {
         **whereabouts(place),
-        "local_world": place.local_world,
         "source": place.source,
         "versions": versions(),
         "commit": found + (" with changes" if dirty else ""),
@@ -60,8 +59,8 @@ def whereabouts(place: Place) -> dict[str, Any]:
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         boot = ""
-    where = {"rank": place.rank, "local_rank": place.local_rank, "host": socket.gethostname(), "pid": os.getpid()}
-    return where | {"machine": f"{socket.gethostname()} {boot[:8]}"}
+    where = {"rank": place.rank, "local_rank": place.local_rank, "local_world": place.local_world}
+    return where | {"host": socket.gethostname(), "pid": os.getpid(), "machine": f"{socket.gethostname()} {boot[:8]}"}
 
 
 def versions() -> dict[str, str]:

@@ -23,11 +23,11 @@ def offer(folder: pathlib.Path) -> str:
 def look(folder: pathlib.Path, name: str, rank: int) -> str:
     """Read rank 0's file and write one beside it. Returns what went wrong, "" if nothing did."""
     deadline = time.monotonic() + PATIENCE
-    while not (folder / name).exists():
-        if time.monotonic() > deadline:
-            return "a file that rank 0 wrote is not seen"
-        time.sleep(0.1)
     try:
+        while not (folder / name).exists():
+            if time.monotonic() > deadline:
+                return "a file that rank 0 wrote is not seen"
+            time.sleep(0.1)
         if (folder / name).read_text() != name:
             return "a file that rank 0 wrote has other contents"
         (folder / f"{name}.{rank}").write_text(name)

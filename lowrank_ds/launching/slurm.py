@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from lowrank_ds.launching.errors import LaunchError, count, number
 
+_RESERVED = 0xFFFFFFF0  # numbers from here on are not of steps that srun was asked for: batch scripts, shells of salloc
 _FIRST_PORT, _PORTS = 10000, 20000  # below the ports that Linux gives to outgoing connections
 _PART = re.compile(r"([^\[\],]+)|\[([^\[\]]+)\]")
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
@@ -20,7 +21,8 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 def in_step(environ: Mapping[str, str]) -> bool:
     """Whether srun started this process; a batch script and a shell of salloc see SLURM_NTASKS too, but are alone."""
-    return environ.get("SLURM_STEP_ID", environ.get("SLURM_STEPID", "")).isdigit()
+    step = environ.get("SLURM_STEP_ID", environ.get("SLURM_STEPID", ""))
+    return step.isdigit() and int(step) < _RESERVED
 
 
 def started(environ: Mapping[str, str]) -> bool:
@@ -43,7 +45,10 @@ def discover(environ: Mapping[str, str]) -> dict[str, str]:
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE")
     found = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local_rank}
     if tasks:
-        found["LOCAL_WORLD_SIZE"] = tasks_per_node(tasks)[number(environ, "SLURM_NODEID")]
+        node, counts = number(environ, "SLURM_NODEID"), tasks_per_node(tasks)
+        if not 0 <= node < len(counts):
+            raise LaunchError(f"SLURM_NODEID is {node} but SLURM_STEP_TASKS_PER_NODE={tasks} is of {len(counts)} hosts")
+        found["LOCAL_WORLD_SIZE"] = counts[node]
     found["MASTER_ADDR"] = environ.get("MASTER_ADDR") or _first_host(environ)
     found["MASTER_PORT"] = environ.get("MASTER_PORT") or _port(environ)
     return {name: str(value) for name, value in found.items()}

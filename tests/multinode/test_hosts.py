@@ -37,7 +37,9 @@ def hosts() -> Iterator[Hosts]:
 def send(hosts: Hosts, sender: str, receiver: str, count: int, log: Path) -> float:
     """Seconds it took to send `count` bytes from one host to another; inf if it could not."""
     hosts.start(receiver, [sys.executable, "-S", "-c", SERVE], log)
+    deadline = time.monotonic() + 60
     while "LISTEN" not in hosts.run(receiver, ["ss", "-tln"])[1]:
+        assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)
     began = time.monotonic()
     code, _ = hosts.run(sender, [sys.executable, "-S", "-c", SEND, hosts.address(receiver), count])
@@ -222,7 +224,7 @@ def test_what_is_missing_is_named(tmp_path: Path, script: str, settings: dict[st
 
 def clean() -> dict[str, str]:
     """This environment without what the scripts read."""
-    names = ("HOSTFILE", "LAUNCHER", "NNODES", "PYTHON", "INTERFACE")
+    names = ("HOSTFILE", "LAUNCHER", "NNODES", "PYTHON", "INTERFACE", "RANKS_PER_HOST", "MAX_RESTARTS", "JOB_ID")
     return {k: v for k, v in os.environ.items() if k not in names and not k.startswith(("SLURM_", "RDZV_", "MASTER_"))}
 
 
@@ -231,6 +233,62 @@ def test_scripts_without_arguments() -> None:
     for script in ("deepspeed.sh", "mpirun.sh", "torchrun.sh"):
         done = subprocess.run([LAUNCH / script], capture_output=True, text=True, env=clean())
         assert done.returncode == 2 and "give pretrain.py's arguments" in done.stderr
+
+
+FUNCTIONS = "set -euo pipefail; source launch/common.sh; "
+
+
+def common(script: str, **settings: str) -> subprocess.CompletedProcess:
+    """Run a piece of bash that uses the functions of common.sh."""
+    command = ["bash", "-c", FUNCTIONS + script, "way.sh"]
+    return subprocess.run(command, cwd=ROOT, env=clean() | settings, capture_output=True, text=True)
+
+
+def test_the_interface_is_the_one_to_other_hosts(hosts: Hosts) -> None:
+    """From whichever host a script is started; this host itself is reached by lo."""
+    loop = FUNCTIONS + 'for names in "host1 host2" "host2 host1"; do hosts=($names); INTERFACE=; find_interface; '
+    for name in ("host1", "host2"):
+        said = hosts.run(name, ["bash", "-c", loop + "echo $INTERFACE; done", "way.sh"])
+        assert said == (0, f"{INTERFACE}\n{INTERFACE}\n")
+
+
+def test_an_interface_that_is_not_found_is_told() -> None:
+    """Also where a name is known to ssh only."""
+    done = common("hosts=(x.invalid y.invalid); find_interface")
+    assert done.returncode == 2 and "way.sh: no route to another of the hosts (x.invalid y.invalid)" in done.stderr
+    assert common("hosts=(x.invalid); find_interface; echo $INTERFACE", INTERFACE="e7").stdout == "e7\n"
+
+
+def test_what_every_rank_gets(tmp_path: Path) -> None:
+    """Variables that decide what is computed or allocated; PYTHON as a full path; a GPU that is shown."""
+    given = {"PYTORCH_CUDA_ALLOC_CONF": "x", "CUBLAS_WORKSPACE_CONFIG": "x", "NCCL_DEBUG": "x", "SOMETHING": "x"}
+    names = common("variables", **given).stdout.split()
+    assert set(given) - set(names) == {"SOMETHING"} and "PATH" in names and "HOME" not in names
+    folder = Path(sys.executable).parent
+    said = common(f"cd {folder}; need_python; echo $python", PYTHON=f"./{Path(sys.executable).name}")
+    assert said.stdout.strip() == f"{folder}/./{Path(sys.executable).name}", said.stderr
+    nvidia = tmp_path / "nvidia-smi"
+    nvidia.write_text('#!/bin/sh\nprintf "GPU 0: H100\\nGPU 1: H100\\nGPU 2: H100\\n"\n')
+    nvidia.chmod(0o755)
+    for shown, count in {"0,2": 2, "": 0, "-1": 0, "0,1,2,3": 3}.items():
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        assert common("gpus", PATH=path, CUDA_VISIBLE_DEVICES=shown).stdout == f"{count}\n"
+
+
+def test_torchrun_meets_at_an_address(tmp_path: Path) -> None:
+    """One without a name, too; and restarts are refused where nothing is ever saved."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] || echo "python $*"\n')
+    python.chmod(0o755)
+    given = {"PYTHON": str(python), "RANKS_PER_HOST": "1", "NNODES": "1:2", "RDZV_ENDPOINT": "198.51.100.7:29400"}
+    start = lambda *arguments: subprocess.run(
+        [LAUNCH / "torchrun.sh", *arguments], env=clean() | given, capture_output=True, text=True
+    )
+    done = start("--save-every", "10")
+    assert done.returncode == 0 and "--rdzv-endpoint 198.51.100.7:29400" in done.stdout, done.stderr
+    assert done.stdout.strip().endswith("pretrain.py --save-every 10 --resume auto")
+    never = start("--save-every", "0")
+    assert never.returncode == 2 and "need a checkpoint: add --save-every N" in never.stderr
 
 
 def test_slurm_script_is_queued_again_after_a_signal(tmp_path: Path) -> None:
@@ -250,3 +308,6 @@ def test_slurm_script_is_queued_again_after_a_signal(tmp_path: Path) -> None:
     assert f"srun --nodes 2 --ntasks-per-node 1 --kill-on-bad-exit=0 bash {LAUNCH}/torchrun.sh {given}" in done.stdout
     assert "slurm.sh: 2 hosts (n1 n2), 8 ranks on each, meeting at n1:20041" in done.stdout
     assert "saved after step 7; queued again\nscontrol requeue 41" in done.stdout
+    (tmp_path / "srun").write_text("#!/bin/sh\nexit 1\n")  # queued again, it ends before it trains
+    done = subprocess.run(command, env=clean() | job | path, capture_output=True, text=True)
+    assert done.returncode == 1 and "requeue" not in done.stdout, done.stderr
