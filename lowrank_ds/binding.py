@@ -119,7 +119,8 @@ class BoundGroups(NamedGroups):
     def _loaded_group(self, index: int, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
         """A saved group's hyper-parameters over ours; the tensors, names and shape of the state stay ours."""
         where = f"{type(self).__name__}, saved param group {index}"
-        theirs = {**theirs, **options.settled({**ours, **theirs})}  # saved while a group kept what was left open
+        # older groups kept what was left open
+        theirs = {**theirs, **options.settled({**ours, **theirs}, self.OPTIONS)}
         unknown = sorted(set(theirs) - set(self.OPTIONS) - options.TOLERATED - set(ours))
         if unknown:
             raise ValueError(f"{where}: has {', '.join(unknown)}: it was saved by another optimizer.")

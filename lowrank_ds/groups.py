@@ -144,7 +144,7 @@ class NamedGroups(torch.optim.Optimizer):
         options.check(own, self.OPTIONS, where)
         kept = {k: v for k, v in param_group.items() if k in options.TOLERATED}
         group = selection.prepare_group({**kept, **own}, index)
-        group |= {k: v for k, v in options.settled({**self.defaults, **group}).items() if k in self.OPTIONS}
+        group |= options.settled({**self.defaults, **group}, self.OPTIONS)
         complete = {**self.defaults, **group}
         try:
             self.check_group(complete)

@@ -175,9 +175,9 @@ def check(options: Mapping[str, Any], known: Mapping[str, Any], where: str) -> N
             raise ValueError(f"{where}: {name} must be {meaning}; got {value!r}.")
 
 
-def settled(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What options that a group leaves open (None) come to mean in it."""
-    if "subspace" in group and group["subspace"] is None:
+def settled(group: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What options that a group leaves open (None) come to mean in it. known: the optimizer's options, if not all."""
+    if "subspace" in (group if known is None else known) and group.get("subspace") is None:
         return {"subspace": "svd" if group["proj_type"] == "full" else "power"}
     return {}
 
