@@ -296,8 +296,7 @@ def main() -> None:
         return perplexity(trainer.logits, held_out, processes.rank, processes.world, processes.device)
 
     progress = Progress(output, args.steps, plan.total * args.seq_len, processes.is_main)
-    processes.barrier()  # hosts build at different speeds: they may still wait for each other as long as at the start
-    limit_waits(args.timeout)
+    processes.meet(args.timeout)
     at = restore(args, trainer, batches, progress, processes)
     if processes.is_main:
         announce(args, config, run, trainer, plan, processes)

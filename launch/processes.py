@@ -54,6 +54,11 @@ class Processes:
         if self.world > 1:
             dist.barrier()
 
+    def meet(self, timeout: float | None) -> None:
+        """Wait for all as long as at the start, since hosts build at different speeds; from then on `limit_waits`."""
+        self.barrier()
+        limit_waits(timeout)
+
 
 def find_processes() -> Processes:
     """Ask the launcher's environment (torchrun, deepspeed, mpirun, srun); a process started by hand is alone."""
@@ -100,6 +105,6 @@ def timeout_of(seconds: float | None) -> dict[str, datetime.timedelta]:
     """The `timeout` argument of init_process_group and deepspeed.init_distributed; nothing for their defaults.
 
     Hosts that start at different speeds (imports from a busy file system) must not lose each other before they have
-    met: `limit_waits` sets what was asked for once the model is built.
+    met: `Processes.meet` sets what was asked for once all have built the model.
     """
     return {} if seconds is None else {"timeout": datetime.timedelta(seconds=max(seconds, START))}

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -337,6 +338,17 @@ def test_the_activation_checkpointing_section_is_applied(runs: Path) -> None:
     """Its `profile` has DeepSpeed print the time of every recomputed layer (the weights are compared above)."""
     assert "| fwd: " in (runs / "zero3" / "printed").read_text()
     assert "| fwd: " not in (runs / "zero2" / "printed").read_text()
+
+
+def builds_late(rank: int, world: int) -> None:
+    """Rank 1 has built its model two seconds after the time that --timeout gives."""
+    time.sleep(3 * rank)
+    Processes(rank, world, rank, torch.device("cpu")).meet(1.0)
+
+
+def test_a_timeout_begins_when_all_have_built() -> None:
+    """Hosts that build at different speeds wait for each other once more."""
+    launch(2, builds_late)
 
 
 def layerwise_and_not(rank: int, world: int) -> list[float]:
