@@ -167,6 +167,7 @@ class InSubspace:
         """Begin: the engine of `model` hands its gradients to us."""
         self._engine = engines.attach_averager(model, self)
         self.optimizer.init_state()  # all of it, outside the backward
+        self.optimizer._step_supports_amp_scaling = True  # torch's GradScaler then tells step() that it is at work
         for number, group in enumerate(self.optimizer.param_groups):
             for index, host in enumerate(group["params"]):
                 self._indices[host] = number, index
@@ -174,19 +175,30 @@ class InSubspace:
         self._forward = model.register_forward_pre_hook(lambda *_: (before_forward() or _nothing)())
 
     def remove(self) -> None:
-        """Give the averaging back to the engine: whole gradients again (a DDP model cannot be taken over anew)."""
+        """Give the averaging back to the engine: whole gradients again (a DDP model cannot be taken over anew).
+
+        Raises:
+            RuntimeError: coordinates wait for `step()`; nobody else knows of them.
+        """
+        if self._coords or self._arriving:
+            raise RuntimeError(
+                "reduce_in_subspace: remove() between a backward pass and step() would lose the gradients that "
+                "travelled as coordinates. Call it after step(), or optimizer.zero_grad() first."
+            )
         self._engine.undo()
         self._forward.remove()
+        del self.optimizer._step_supports_amp_scaling
         self.optimizer._replicas = None
 
     def forget(self) -> None:
         """Gradients were dropped: begin a new step."""
         self._coords: dict[Tensor, list[Tensor]] = {}  # of each matrix in a tensor: the sum over micro-batches
         self._arriving: list[tuple[Tensor, list[Tensor]]] = []  # of the last backward, some of it still on its way
-        self._versions: dict[Tensor, int] = {}  # of whole gradients, when they were averaged
+        self._versions: dict[Tensor, tuple[int, int]] = {}  # of whole gradients, when they were averaged
         self._whole: set[Tensor] = set()  # what was averaged whole since the last step
         self._unused = False  # whether a backward has averaged gradients that no step has used
         self._outdated = False  # whether state was loaded over them
+        self._spent = False  # whether the last step has used up coordinates, and gradients beside them are still there
         self._counted = NOTHING
 
     def state_loaded(self) -> None:
@@ -276,6 +288,8 @@ class InSubspace:
             self.forget()
         if self._unused:
             self._check_unchanged()
+        else:  # what the last step has used and is gone says nothing about gradients to come
+            self._versions = {host: state for host, state in self._versions.items() if engines.has_grad(host)}
         self._sum()
 
     @torch.no_grad()
@@ -296,6 +310,13 @@ class InSubspace:
             RuntimeError: a gradient was not averaged, or changed since; or the basis of its coordinates is gone.
         """
         self._sum()
+        self._refuse_scaler()
+        if self._spent and not self._unused and any(map(engines.has_grad, self._versions)):
+            raise RuntimeError(
+                "reduce_in_subspace: step() came a second time after one backward pass, whose coordinates the first "
+                "has used up: projected matrices would stand still while others move. Call optimizer.zero_grad(), "
+                "forward and backward before each step()."
+            )
         if self._outdated:
             raise RuntimeError(
                 "reduce_in_subspace: state was loaded between a backward pass and step(), whose coordinates belong to "
@@ -315,9 +336,19 @@ class InSubspace:
             for slot, part in zip(self.optimizer._bind(*self._place(host)), parts, strict=True):
                 slot.arrived = part
         self.traffic, self.total = self._counted, self.total.plus(self._counted)
-        versions = self._versions
+        versions, spent = self._versions, bool(self._coords)
         self.forget()
-        self._versions = versions  # a step may come again on the same gradients
+        self._versions, self._spent = versions, spent  # a step may come again on the same gradients, if all are whole
+
+    def _refuse_scaler(self) -> None:
+        """GradScaler divides gradients without counting it as a change, and knows of no coordinates."""
+        if not hasattr(self.optimizer, "found_inf"):
+            return
+        del self.optimizer.found_inf, self.optimizer.grad_scale  # it takes them back only after a step
+        raise RuntimeError(
+            "reduce_in_subspace: GradScaler scales the loss, and the projected matrices' gradients, which travelled as "
+            "coordinates, stay scaled. Use bf16 in place of fp16, or leave out reduce_in_subspace."
+        )
 
     @torch.no_grad()
     def _check_unchanged(self) -> None:
@@ -325,10 +356,11 @@ class InSubspace:
         if changed:
             raise RuntimeError(
                 f"reduce_in_subspace: the gradient of {self._name(changed[0])} (and {len(changed) - 1} more) was "
-                "changed after it was averaged: by clip_grad_norm_ or clip_grad_value_, GradScaler, or model.zero_grad("
-                "set_to_none=False). Projected matrices travel as coordinates and have no gradient that could be "
-                "changed alike, and no norm. Leave the clipping out (Trainer: max_grad_norm=0), use bf16 in place of "
-                "fp16, and drop gradients with optimizer.zero_grad(); or leave out reduce_in_subspace."
+                "changed after it was averaged: by clip_grad_norm_ or clip_grad_value_, a backward pass in no_sync() "
+                "after it, or model.zero_grad(set_to_none=False). Projected matrices travel as coordinates and have no "
+                "gradient that could be changed alike, and no norm. Leave the clipping out (Trainer: max_grad_norm=0), "
+                "average every later micro-batch too, and drop gradients with optimizer.zero_grad(); or leave out "
+                "reduce_in_subspace."
             )
 
     def _place(self, host: Tensor) -> Place:
@@ -342,9 +374,10 @@ class InSubspace:
         return group["param_names"][index]
 
 
-def _version(host: Tensor) -> int:
-    """How often what is held here of the gradient of `host` was changed in place."""
-    return engines.local_grad(host)._version
+def _version(host: Tensor) -> tuple[int, int]:
+    """Which tensor is held here of the gradient of `host`, and how often it was changed in place."""
+    grad = engines.local_grad(host)
+    return grad.data_ptr(), grad._version
 
 
 def _nothing() -> None:

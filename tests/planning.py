@@ -25,6 +25,7 @@ SMALL = {
     "model_type": "llama", "vocab_size": 509, "hidden_size": 132, "intermediate_size": 357, "num_hidden_layers": 4,
     "num_attention_heads": 3, "num_key_value_heads": 1,
 }  # fmt: skip
+TIED = SMALL | {"tie_word_embeddings": True, "vocab_size": 2003, "num_hidden_layers": 1}
 # of the size of a layer, so that buckets are reduced and prefetches end
 BUCKETS = Zero(100_000, False, 60_000, 1_000, 400_000, 100_000)
 
@@ -38,6 +39,7 @@ def small(**changes: Any) -> Settings:
 CELLS: dict[str, Settings] = {
     "ddp": small(engine="ddp"),
     "ddp, checkpointed": small(engine="ddp", checkpointing=True),
+    "ddp, tied": small(engine="ddp", config=TIED),
     "zero1": small(engine="zero1"),
     "zero2": small(engine="zero2"),
     "zero2, long": small(engine="zero2", seq=256),
@@ -49,6 +51,9 @@ CELLS: dict[str, Settings] = {
     "zero3, layer-wise": small(engine="zero3", layerwise=True),
     "fsdp2": small(),
     "fsdp2, checkpointed": small(checkpointing=True),
+    "fsdp2, tied": small(config=TIED),
+    "zero2, tied": small(engine="zero2", config=TIED),
+    "zero3, tied": small(engine="zero3", config=TIED),
     "fsdp2, long": small(seq=512),
     "fsdp2, long, checkpointed": small(seq=512, checkpointing=True),
     "fsdp2, fp32": small(dtype="fp32"),

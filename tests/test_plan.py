@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from lowrank_ds import cli
 from lowrank_ds.bench import llama
-from lowrank_ds.plan import Planner, Settings, Zero, find, holding, models, ours
+from lowrank_ds.plan import Planner, Settings, Zero, find, holding, models, ours, report
 from tests import planning
 
 ROOT = Path(__file__).parents[1]
@@ -104,8 +105,8 @@ def test_more_tokens_more_memory() -> None:
 # -- the command ------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def tiny(tmp_path: Path) -> str:
-    """A folder with a model's config."""
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    """A folder with a model's config, with the nulls that older ones have."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"head_dim": None}))
     return str(tmp_path)
 
 
@@ -141,6 +142,34 @@ def test_find_takes_what_is_cheapest(tiny: str, capsys: pytest.CaptureFixture) -
     assert "nothing fits. The least is" in capsys.readouterr().out
 
 
+def test_find_says_what_state_is_stored_as(tiny: str) -> None:
+    """Codes that are a recipe's own or that were asked for count; --rank 0 and few key heads stay what they are."""
+    config, flat = models.read(tiny), {"engines": ["fsdp2"], "progress": lambda text: None, "memory": 1 << 40}
+    for recipe, options, codes, words in (
+        ("fira", {}, 0, " fp32 "), ("galore_8bit", {}, 1, "8-bit moments "), ("adamw", {}, 0, " bf16 "),
+        ("galore", {"projector_dtype": "4bit"}, 1, " 4-bit bases "), ("q_galore", {}, 2, "8-bit moments, 4-bit bases"),
+    ):  # fmt: skip
+        settings = Settings(config, recipe, None if recipe == "adamw" else 8, gpus=2, seq=8, options=options)
+        rows, _ = find.find(settings, **flat)
+        assert [one.codes for one in rows] == [codes], recipe
+        assert words in report.found(rows, None, settings, 1), recipe
+    (nothing,), _ = find.find(Settings(config, rank=0, gpus=2, seq=8), **flat)
+    assert not nothing.plan.settings.projects
+    few = config | {"num_key_value_heads": 1, "head_dim": 8}  # a sixteenth of the width is 8, too
+    assert find.ranks_of(Settings(few, "apollo_mini", gpus=2)) == [2, 1]
+
+
+def test_tied_embeddings_have_one_gradient() -> None:
+    """It is one tensor, reduced once; two parts of it are there only until autograd has added them."""
+    for engine in ("ddp", "zero2", "zero3", "fsdp2"):
+        settings = Settings(TINY | {"tie_word_embeddings": True}, rank=8, engine=engine, gpus=2, seq=8)
+        plan = Planner(settings).plan(refresh=False)
+        sent = plan.engine.sizes["all-reduce"] + plan.engine.sizes["reduce-scatter"]
+        whole = 2 * sum(map(math.prod, settings.shapes.values()))
+        assert whole <= sent < 1.01 * whole, engine
+        assert engine != "ddp" or plan.phases["step"].at["gradients"] == whole
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -159,6 +188,9 @@ def test_find_takes_what_is_cheapest(tiny: str, capsys: pytest.CaptureFixture) -
         (["--moments", "4bit"], ["moments must be"]),
         (["--gpu-memory", "2", "--reserve", "3"], ["--gpu-memory", "--reserve"]),
         (["--engine", "zero2", "--simulate"], ["--simulate", "fsdp2"]),
+        (["--find", "--simulate"], ["--find", "--simulate"]),
+        (["--recipe", "adamw", "--rank", "8"], ["--rank 8", "adamw"]),
+        (["--recipe", "lomo", "--rank", "8"], ["--rank 8", "lomo"]),
     ],
 )
 def test_errors_name_the_flag(flags: list[str], words: list[str], tiny: str, capsys: pytest.CaptureFixture) -> None:
@@ -175,6 +207,12 @@ def test_a_ds_config_says_how_large_buckets_are(tmp_path: Path) -> None:
     """Its aliases too; what plan cannot know is refused by name."""
     zero = Zero.read({"zero_optimization": {"reduce_bucket_size": 10, "prefetch_bucket_size": 7}}, "x")
     assert (zero.reduce_bucket_size, zero.stage3_prefetch_bucket_size) == (10, 7)
-    for given, word in (({"offload_param": {"device": "cpu"}}, "offload_param"), ({"sub_group_size": "auto"}, "auto")):
+    assert not zero.overlap_comm  # DeepSpeed's default, one bucket; without a file as in ds_configs/
+    assert Zero().overlap_comm
+    assert Zero.read({"zero_optimization": {"max_live_parameters": 5.0}}, "x").stage3_max_live_parameters == 5
+    assert Zero.read({"zero_optimization": {"offload_param": None, "overlap_comm": None}}, "x") == Zero.read({}, "x")
+    for given, word in (
+        ({"offload_param": {"device": "cpu"}}, "offload_param"), ({"sub_group_size": "auto"}, "auto"), ([], "object"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=word):
             Zero.read({"zero_optimization": given}, "--ds-config x")

@@ -230,46 +230,83 @@ def refused(found: dict[str, str], name: str) -> Iterator[None]:
         found[name] = f"{type(error).__name__}: {error}"
 
 
+def prepared(rank: int, world: int, steps: int = 1, case: str = "galore") -> tuple[Any, Any, Callable[[], None]]:
+    """(model, optimizer, a backward pass) under DDP after some steps."""
+    model = wrap("ddp", world)
+    optimizer = training.build(case, model)
+    lowrank_ds.reduce_in_subspace(model, optimizer)
+
+    def backward() -> None:
+        mine = share(batches(1)[0], rank, world)
+        model(input_ids=mine, labels=mine).loss.backward()
+
+    for _ in range(steps):
+        backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer, backward
+
+
 def misuse(rank: int, world: int) -> dict[str, str]:
     """{what was done: the message}, of the training loop."""
     found: dict[str, str] = {}
-
-    def prepared(steps: int = 1, case: str = "galore") -> tuple[Any, Any, Callable[[], None]]:
-        model = wrap("ddp", world)
-        optimizer = training.build(case, model)
-        lowrank_ds.reduce_in_subspace(model, optimizer)
-
-        def backward() -> None:
-            mine = share(batches(1)[0], rank, world)
-            model(input_ids=mine, labels=mine).loss.backward()
-
-        for _ in range(steps):
-            backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return model, optimizer, backward
-
     for name, steps in {"clipped": 1, "clipped at a refresh": 0}.items():
-        model, optimizer, backward = prepared(steps)
+        model, optimizer, backward = prepared(rank, world, steps)
         backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
         with refused(found, name):
             optimizer.step()
-    model, optimizer, backward = prepared()
+    model, optimizer, backward = prepared(rank, world)
     with model.no_sync():
         backward()
     with refused(found, "not averaged"):
         optimizer.step()
-    model, optimizer, backward = prepared()
+    model, optimizer, backward = prepared(rank, world)
     backward()
     optimizer.load_state_dict(optimizer.state_dict())
     with refused(found, "loaded before the step"):
         optimizer.step()
-    model, optimizer, backward = prepared(0)
+    model, optimizer, backward = prepared(rank, world, 0)
     for slots in optimizer._slots.values():
         slots[0].step += rank
     with refused(found, "another step on one rank"):
         backward()
+    return found
+
+
+def overlooked(rank: int, world: int) -> dict[str, str]:
+    """{what was done: the message}, of what leaves no trace on a gradient that is still there."""
+    found: dict[str, str] = {}
+    model, optimizer, backward = prepared(rank, world)
+    backward()
+    for p in model.parameters():
+        p.grad = None if p.grad is None else p.grad * 0.5
+    with refused(found, "replaced"):
+        optimizer.step()
+    optimizer.zero_grad()
+    backward()
+    with refused(found, "removed before the step"):
+        optimizer._replicas.remove()
+    for name in ("scaled", "unscaled"):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        scaler.scale(torch.ones(()))
+        if name == "unscaled":
+            scaler.unscale_(optimizer)
+        with refused(found, name):
+            scaler.step(optimizer)
+    optimizer.zero_grad()
+    backward()
+    optimizer.step()
+    with refused(found, "stepped twice"):
+        optimizer.step()
+    model, optimizer, backward = prepared(rank, world, 0)
+    backward()
+    optimizer.step()  # all gradients were averaged whole
+    model.zero_grad()
+    with model.no_sync():
+        backward()
+    with refused(found, "not averaged after a refresh"):
+        optimizer.step()
     return found
 
 
@@ -292,7 +329,7 @@ def removed(rank: int, world: int) -> tuple[int, float]:
     return handle.total.coordinates - sent, training.largest_difference(*weights)
 
 
-EXTRAS = (resumed, not_finite, dropped, counted, narrow, misuse, removed)
+EXTRAS = (resumed, not_finite, dropped, counted, narrow, misuse, overlooked, removed)
 
 
 def test_ddp_two_ranks() -> None:
@@ -317,6 +354,12 @@ def test_ddp_two_ranks() -> None:
         assert "no_sync()" in said["not averaged"]
         assert "zero_grad() after loading" in said["loaded before the step"]
         assert "not at the same step" in said["another step on one rank"]
+        said = extras["overlooked"]
+        assert "was changed after it was averaged" in said["replaced"]
+        assert "GradScaler" in said["scaled"] and "GradScaler" in said["unscaled"]
+        assert "lose the gradients" in said["removed before the step"]
+        assert "step() came a second time" in said["stepped twice"]
+        assert "no_sync()" in said["not averaged after a refresh"]
 
 
 def test_ddp_three_ranks() -> None:
@@ -409,6 +452,12 @@ def refusals(rank: int, world: int) -> dict[str, str]:
     model = wrap("hsdp", world)
     optimizer = training.build("galore", model)
     handle = ask(model, optimizer)
+    mine = share(batches(1)[0], rank, world)
+    model(input_ids=mine, labels=mine).loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+    with refused(found, "clipped"):
+        optimizer.step()
+    optimizer.zero_grad()
     with refused(found, "layerwise after"):
         lowrank_ds.layerwise(model, optimizer)
     with refused(found, "another optimizer"):
@@ -436,6 +485,7 @@ MESSAGES = {
     "layerwise after": "layerwise: reduce_in_subspace",
     "layerwise before": "layerwise() updates inside the backward",
     "another optimizer": "was called for this model before",
+    "clipped": "was changed after it was averaged",
 }
 
 

@@ -37,8 +37,8 @@ def parameter_shapes(config: dict[str, Any]) -> Shapes:
     """{name: shape} of every parameter, as transformers' LlamaForCausalLM names them."""
     width, inner = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"]
-    keys = config.get("num_key_value_heads", heads) * config.get("head_dim", width // heads)
-    queries = heads * config.get("head_dim", width // heads)
+    each = config.get("head_dim") or width // heads  # null in some configs: transformers then computes them
+    keys, queries = (config.get("num_key_value_heads") or heads) * each, heads * each
     layer: Shapes = {
         "self_attn.q_proj": (queries, width), "self_attn.k_proj": (keys, width), "self_attn.v_proj": (keys, width),
         "self_attn.o_proj": (width, queries), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),

@@ -59,12 +59,17 @@ def settings_of(given: argparse.Namespace) -> Settings:
     """
     if not 0 <= given.reserve < given.gpu_memory:
         raise ValueError(f"--gpu-memory {given.gpu_memory} must be more than --reserve {given.reserve}, both in GiB")
-    return Settings(
+    if given.find and given.simulate:
+        raise ValueError("--find with --simulate: simulate what was found, one configuration at a time; leave one out")
+    settings = Settings(
         config=models.read(given.model), recipe=given.recipe, rank=given.rank, engine=given.engine, nodes=given.nodes,
         gpus=given.gpus, seq=given.seq, micro_batch=given.micro_batch, layerwise=given.layerwise,
         checkpointing=given.activation_checkpointing, dtype=given.dtype, shard=given.shard, options=_options(given),
         zero=_zero(given.ds_config),
     )  # fmt: skip
+    if given.rank and not settings.projects:
+        raise ValueError(f"--rank {given.rank}: --recipe {given.recipe} projects nothing and has no rank; leave it out")
+    return settings
 
 
 def _options(given: argparse.Namespace) -> dict[str, Any]:

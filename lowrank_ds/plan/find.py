@@ -18,7 +18,7 @@ class Found:
     """A configuration that fits.
 
     traffic: bytes of a step, the engine's and ours. compute: work of forwards and backwards, 1 without checkpointing.
-    codes: how much state is kept in fewer bits: 0 (none), 1 (moments), 2 (the projector too).
+    codes: how much state is kept in fewer bits than fp32: 0 (none), 1 (moments or projectors), 2 (both).
     """
 
     plan: Plan
@@ -33,23 +33,30 @@ class Found:
 
 
 def ranks_of(settings: Settings) -> list[int]:
-    """The rank that was asked for, or a quarter, an eighth and a sixteenth of the width."""
+    """The rank that was asked for, or a quarter, an eighth and a sixteenth of the width.
+
+    With few key and value heads some of these are too large; where all are, parts of the smallest side instead.
+    """
     if not settings.projects:
         return [0]
     if settings.rank is not None:
         return [settings.rank]
-    width = settings.config["hidden_size"]
-    return sorted({max(1, width // part) for part in (4, 8, 16)}, reverse=True)
+    smallest = min(min(settings.shapes[name]) for name in settings.matrices)
+    for width in (settings.config["hidden_size"], smallest):
+        ranks = {max(1, width // part) for part in (4, 8, 16)}
+        if min(ranks) < smallest:
+            break
+    return sorted((rank for rank in ranks if rank < smallest), reverse=True)
 
 
 def _codes(settings: Settings) -> list[dict[str, str]]:
     """Options that keep state in fewer bits, the exact ones first."""
-    known = settings.algorithm.OPTIONS if settings.algorithm else {}
+    known = {**settings.algorithm.OPTIONS, **settings.options} if settings.algorithm else {}
     coded: list[dict[str, str]] = [{}]
-    if "moments" in known and "moments" not in settings.options:
-        coded += [{"moments": "8bit"}]
-        if settings.projects and known.get("subspace") != "gaussian":
-            coded += [{"moments": "8bit", "projector_dtype": "4bit"}]
+    stored = settings.projects and known.get("subspace") != "gaussian"
+    for option, code in (("moments", "8bit"), ("projector_dtype", "4bit"))[: 1 + stored]:
+        if known.get(option) == "fp32" and option not in settings.options:
+            coded.append({**coded[-1], option: code})
     return coded
 
 
@@ -58,7 +65,7 @@ def candidates(settings: Settings, engine: str, rank: int) -> Iterator[Settings]
     for kept, layerwise in itertools.product(_codes(settings), (False, True)):
         try:
             yield dataclasses.replace(
-                settings, engine=engine, rank=rank if settings.projects else None, layerwise=layerwise,
+                settings, engine=engine, rank=rank if settings.projects else settings.rank, layerwise=layerwise,
                 options={**settings.options, **kept}, shard=settings.shard if engine == "hsdp" else 0,
             )  # fmt: skip
         except ValueError:
@@ -96,7 +103,6 @@ def _both(planner: Planner) -> list[Plan]:
 
 
 def _found(plan: Plan) -> Found:
-    options = plan.settings.options
-    codes = (options.get("moments") == "8bit") + (options.get("projector_dtype", "fp32") != "fp32")
+    codes = sum(dtype.endswith("bit") for dtype in plan.settings.stored)
     traffic = plan.engine.sizes.total() + plan.ours.sizes.total()
     return Found(plan, traffic, 1 + RECOMPUTED * plan.settings.checkpointing, codes)

@@ -118,7 +118,9 @@ def found(rows: Sequence[Any], smallest: Plan | None, settings: Settings, memory
     lines = [["engine", "rank", "updates", "activations", "state", "memory", "traffic a step", "compute"]]
     for one in rows:
         s = one.plan.settings
-        bits = {0: "fp32", 1: "8-bit moments", 2: "8-bit moments, 4-bit bases"}[one.codes]
+        kinds = zip(("moments", "bases"), s.stored, strict=False)
+        coded = [f"{dtype.replace('bit', '-bit')} {kind}" for kind, dtype in kinds if dtype.endswith("bit")]
+        bits = ", ".join(coded) or s.stored[0]
         lines.append([
             s.engine, str(s.subspace_rank or "-"), "layer-wise" if s.layerwise else "step()",
             "checkpointed" if s.checkpointing else "kept", bits, size(one.plan.total), size(one.traffic),

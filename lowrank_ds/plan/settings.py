@@ -44,17 +44,22 @@ class Zero:
     def read(cls, config: Mapping[str, Any], where: str) -> Zero:
         """Out of a ds_config.
 
+        A file without overlap_comm gets DeepSpeed's own: off under ZeRO-1 and 2 (under ZeRO-3 it costs no memory here).
+
         Raises:
-            ValueError: it offloads, or a setting is not a number.
+            ValueError: it offloads, a setting is not a number, or there are no settings.
         """
-        given = config.get("zero_optimization", {})
+        given = config.get("zero_optimization", {}) if isinstance(config, Mapping) else None
+        if not isinstance(given, Mapping):
+            raise ValueError(f'{where}: must be a JSON object whose "zero_optimization" is one')
         for name in ("offload_optimizer", "offload_param"):
-            if given.get(name, {}).get("device", "none") != "none":
+            if (given.get(name) or {}).get("device") not in (None, "none"):
                 raise ValueError(f"{where}: {name} moves state to the host, which plan does not know; leave it out")
-        aliases = {"stage3_" + name: name for name in ("prefetch_bucket_size", "param_persistence_threshold")}
         found = {}
         for one in dataclasses.fields(cls):
-            value = given.get(one.name, given.get(aliases.get(one.name, one.name), one.default))
+            default = False if one.name == "overlap_comm" else one.default
+            value = given.get(one.name, given.get(one.name.removeprefix("stage3_")))
+            value = default if value is None else value
             if isinstance(value, str) or not isinstance(value, (int, float)) or value < 0:
                 raise ValueError(f'{where}: zero_optimization.{one.name} is {value!r}; plan needs a number, not "auto"')
             found[one.name] = bool(value) if isinstance(one.default, bool) else int(value)
@@ -195,6 +200,15 @@ class Settings:
         """Of the optimizer's constructor."""
         rank = {} if self.algorithm.OPTIONS["rank"] is None else {"rank": self.subspace_rank}
         return {**self.options, **rank}
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """What moments are stored as and, where any are stored, projectors: "fp32", "bf16", "8bit", "4bit"."""
+        if self.algorithm is None:
+            return (next(name for name, dtype in DTYPES.items() if dtype == self.handed),)
+        known = {**self.algorithm.OPTIONS, **self.options}
+        moments = "8bit" if known.get("quantization") else known.get("moments", "fp32")
+        return (moments, known.get("projector_dtype", "fp32")) if self.projects else (moments,)
 
     @cached_property
     def matrices(self) -> frozenset[str]:

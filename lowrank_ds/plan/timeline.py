@@ -19,7 +19,8 @@ class Step:
         self.engine, self.ledger, self.settings = engine, ledger, engine.settings
         self.sizes = Sizes(self.settings)
         self.layers = [f"model.layers.{i}" for i in range(self.settings.config["num_hidden_layers"])]
-        self.head = HEAD if HEAD in self.settings.shapes else EMBED
+        self.tied = HEAD not in self.settings.shapes
+        self.head = EMBED if self.tied else HEAD
 
     def run(self) -> None:
         """The whole step; the engine has started."""
@@ -105,6 +106,9 @@ class Step:
             self._add(-sizes.stream)
         self.ledger.doing = "at the end of the backward"
         engine.need(EMBED)
+        if self.tied:  # two whole gradients, then their sum
+            self.ledger.touch("gradients", engine.bytes_of([EMBED]))
+            self.ledger.drop("gradients", engine.bytes_of([EMBED]))
         engine.gradient(EMBED)
         engine.release(EMBED)
         self._add(-sizes.hidden)
@@ -115,7 +119,10 @@ class Step:
         """Gradients of a linear layer's input and weight; then `freed` goes."""
         self.engine.need(name)
         self._add(made)
-        self.engine.gradient(name)
+        if name == EMBED:  # the tied head's part of its gradient waits in autograd for the embedding's
+            self.ledger.add("gradients", self.engine.bytes_of([name]))
+        else:
+            self.engine.gradient(name)
         self._add(-freed)
         self.engine.release(name)
 
