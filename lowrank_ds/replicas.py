@@ -195,6 +195,7 @@ class InSubspace:
         self._coords: dict[Tensor, list[Tensor]] = {}  # of each matrix in a tensor: the sum over micro-batches
         self._arriving: list[tuple[Tensor, list[Tensor]]] = []  # of the last backward, some of it still on its way
         self._versions: dict[Tensor, tuple[int, int]] = {}  # of whole gradients, when they were averaged
+        self._norms: dict[Tensor, Tensor] = {}  # of whole gradients that are DTensors, then; see `_norms_of`
         self._whole: set[Tensor] = set()  # what was averaged whole since the last step
         self._unused = False  # whether a backward has averaged gradients that no step has used
         self._outdated = False  # whether state was loaded over them
@@ -279,7 +280,9 @@ class InSubspace:
         self._engine.flush()
         for host, _ in self._arriving:
             host.grad = None
-        self._versions |= {host: _version(host) for host in self._whole if engines.has_grad(host)}
+        hosts = [host for host in self._whole if engines.has_grad(host)]
+        self._versions |= {host: _version(host) for host in hosts}
+        self._norms |= _norms_of(hosts)
 
     # -- around it ----------------------------------------------------------------------------------------------------
     def _before_forward(self) -> None:
@@ -332,6 +335,7 @@ class InSubspace:
                 "parameters call handle.remove() and reduce_in_subspace() again."
             )
         self._check_unchanged()
+        self._check_norms()
         for host, parts in self._coords.items():
             for slot, part in zip(self.optimizer._bind(*self._place(host)), parts, strict=True):
                 slot.arrived = part
@@ -354,14 +358,28 @@ class InSubspace:
     def _check_unchanged(self) -> None:
         changed = [h for h, version in self._versions.items() if engines.has_grad(h) and _version(h) != version]
         if changed:
-            raise RuntimeError(
-                f"reduce_in_subspace: the gradient of {self._name(changed[0])} (and {len(changed) - 1} more) was "
-                "changed after it was averaged: by clip_grad_norm_ or clip_grad_value_, a backward pass in no_sync() "
-                "after it, or model.zero_grad(set_to_none=False). Projected matrices travel as coordinates and have no "
-                "gradient that could be changed alike, and no norm. Leave the clipping out (Trainer: max_grad_norm=0), "
-                "average every later micro-batch too, and drop gradients with optimizer.zero_grad(); or leave out "
-                "reduce_in_subspace."
-            )
+            raise self._changed(changed)
+
+    @torch.no_grad()
+    def _check_norms(self) -> None:
+        """`clip_grad_norm_` changes DTensors by operations that move no version counter: one look a step."""
+        now = _norms_of([host for host in self._norms if engines.has_grad(host)])
+        if not now:
+            return
+        before, after = torch.stack([self._norms[host] for host in now]), torch.stack([*now.values()])
+        other = ((before != after) & ~(before.isnan() & after.isnan())).tolist()
+        if any(other):
+            raise self._changed([host for host, moved in zip(now, other, strict=True) if moved])
+
+    def _changed(self, hosts: Sequence[Tensor]) -> RuntimeError:
+        return RuntimeError(
+            f"reduce_in_subspace: the gradient of {self._name(hosts[0])} (and {len(hosts) - 1} more) was "
+            "changed after it was averaged: by clip_grad_norm_ or clip_grad_value_, a backward pass in no_sync() "
+            "after it, or model.zero_grad(set_to_none=False). Projected matrices travel as coordinates and have no "
+            "gradient that could be changed alike, and no norm. Leave the clipping out (Trainer: max_grad_norm=0), "
+            "average every later micro-batch too, and drop gradients with optimizer.zero_grad(); or leave out "
+            "reduce_in_subspace."
+        )
 
     def _place(self, host: Tensor) -> Place:
         number, index = self._indices[host]
@@ -378,6 +396,12 @@ def _version(host: Tensor) -> tuple[int, int]:
     """Which tensor is held here of the gradient of `host`, and how often it was changed in place."""
     grad = engines.local_grad(host)
     return grad.data_ptr(), grad._version
+
+
+def _norms_of(hosts: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+    """{parameter: norm (0-d) of its gradient's part held here}, of those that are DTensors."""
+    held = {host: engines.local_grad(host) for host in hosts if engines.is_dtensor(host)}
+    return dict(zip(held, torch._foreach_norm([*held.values()]), strict=True)) if held else {}
 
 
 def _nothing() -> None:

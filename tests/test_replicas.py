@@ -456,6 +456,11 @@ def refusals(rank: int, world: int) -> dict[str, str]:
         lowrank_ds.layerwise(model, optimizer)
     with refused(found, "another optimizer"):
         ask(model, training.build("galore", model))
+    model(input_ids=batches(1)[0], labels=batches(1)[0]).loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)  # moves no version counter of a DTensor
+    with refused(found, "clipped"):
+        optimizer.step()
+    optimizer.zero_grad()
     handle.remove()
     lowrank_ds.layerwise(model, optimizer)
     with refused(found, "layerwise before"):
@@ -479,6 +484,7 @@ MESSAGES = {
     "layerwise after": "layerwise: reduce_in_subspace",
     "layerwise before": "layerwise() updates inside the backward",
     "another optimizer": "was called for this model before",
+    "clipped": "was changed after it was averaged",
 }
 
 
