@@ -63,7 +63,7 @@ def layerwise(
     if optimizer._in_backward is not None:
         raise RuntimeError("layerwise() was called for this optimizer before; call .remove() on its handle first.")
     accumulation_steps = engines.attach(model, optimizer, accumulation_steps)
-    _check_same_tensors(model, optimizer)
+    check_same_tensors(model, optimizer, "layerwise")
     optimizer.init_state()  # all of it, at the place it stays: a state dict is complete before the first step
     state = InBackward(optimizer, accumulation_steps, make_clip(clip, max_grad_norm, optimizer))
     optimizer._in_backward = state
@@ -95,14 +95,14 @@ def _check_arguments(optimizer: Any, accumulation_steps: Any, clip: Any, max_gra
         )
 
 
-def _check_same_tensors(model: Any, optimizer: LowRankOptimizer) -> None:
+def check_same_tensors(model: Any, optimizer: LowRankOptimizer, caller: str) -> None:
     """The optimizer's tensors must be the model's: those of before `fully_shard` never get a gradient."""
     known = {id(p) for p in model.parameters()}
     for group in optimizer.param_groups:
         for name, p in zip(group["param_names"], group["params"], strict=False):
             if id(p) not in known:
                 raise RuntimeError(
-                    f"layerwise: the optimizer's {name} is not a parameter of the model. Was the optimizer built "
+                    f"{caller}: the optimizer's {name} is not a parameter of the model. Was the optimizer built "
                     "before fully_shard (or another wrapper) replaced the parameters? Build it afterwards."
                 )
 

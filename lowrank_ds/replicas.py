@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ds import accumulate, collectives, engines
+from lowrank_ds.backward import check_same_tensors
 from lowrank_ds.collectives import Averaging, Task, run_all
 from lowrank_ds.failures import RankError, some
 from lowrank_ds.optimizer import LowRankOptimizer, Place
@@ -82,7 +83,7 @@ def reduce_in_subspace(
     """
     _check_arguments(optimizer, wire_dtype)
     engines.check_replicas(model)
-    _check_same_tensors(model, optimizer)
+    check_same_tensors(model, optimizer, "reduce_in_subspace")
     handle = InSubspace(optimizer, wire_dtype)
     handle.take_over(model)
     optimizer._replicas = handle
@@ -134,17 +135,6 @@ def _needs_whole(recipe: Recipe) -> str | None:
     if isinstance(recipe.residual, ScaleGradient):
         return "its update is the whole gradient, scaled (APOLLO)"
     return None if isinstance(recipe.residual, Drop) else "its residual uses the whole gradient"
-
-
-def _check_same_tensors(model: nn.Module, optimizer: LowRankOptimizer) -> None:
-    known = {id(p) for p in model.parameters()}
-    for group in optimizer.param_groups:
-        for name, p in zip(group["param_names"], group["params"], strict=False):
-            if id(p) not in known:
-                raise RuntimeError(
-                    f"reduce_in_subspace: the optimizer's {name} is not a parameter of the model. Was the optimizer "
-                    "built before fully_shard (or another wrapper) replaced the parameters? Build it afterwards."
-                )
 
 
 class InSubspace:
