@@ -14,7 +14,6 @@ Tested with DeepSpeed 0.19.8; versions outside `TESTED` are refused (LOWRANK_DS_
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from lowrank_ds.engines import tested
 from lowrank_ds.engines.placement import Placement
 
 TESTED = ((0, 19), (0, 20))  # from, below
@@ -68,15 +68,12 @@ def allow(cls: type) -> None:
 
 def check_version(version: str) -> None:
     """Raise RuntimeError for a DeepSpeed whose private attributes were not tested."""
-    parts = tuple(int(p) for p in version.split("+")[0].split(".")[:2])
-    if TESTED[0] <= parts < TESTED[1] or os.environ.get("LOWRANK_DS_UNTESTED_DEEPSPEED") == "1":
-        return
-    low, high = (".".join(map(str, v)) for v in TESTED)
-    raise RuntimeError(
-        f"DeepSpeed {version} found; lowrank_ds reads ZeRO's internal layout and was tested with >= {low}, < {high}. "
-        f"Install one of these (pip install 'deepspeed>={low},<{high}'), or set LOWRANK_DS_UNTESTED_DEEPSPEED=1 and "
-        "compare a few steps with one process first."
-    )
+    tested.require(
+        version, TESTED, "LOWRANK_DS_UNTESTED_DEEPSPEED",
+        "DeepSpeed {found} found; lowrank_ds reads ZeRO's internal layout and was tested with >= {low}, < {high}. "
+        "Install one of these (pip install 'deepspeed>={low},<{high}'), or set LOWRANK_DS_UNTESTED_DEEPSPEED=1 and "
+        "compare a few steps with one process first.",
+    )  # fmt: skip
 
 
 def locate(host: Tensor, members: Sequence[tuple[str, Tensor | None]]) -> list[Placement]:

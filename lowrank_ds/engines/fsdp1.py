@@ -22,7 +22,6 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import os
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -33,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lowrank_ds.engines import tested
 from lowrank_ds.engines.placement import Placement
 
 TESTED = ((2, 6), (2, 15))  # from, below
@@ -76,25 +76,20 @@ def _record_unit(handle: Any) -> None:
 
 def check_version(version: str) -> None:
     """Raise RuntimeError for a torch whose private attributes were not tested."""
-    parts = tuple(int(p) for p in version.split("+")[0].split(".")[:2])
-    if TESTED[0] <= parts < TESTED[1] or os.environ.get("LOWRANK_DS_UNTESTED_TORCH") == "1":
-        return
-    low, high = (".".join(map(str, v)) for v in TESTED)
-    raise RuntimeError(
-        f"torch {version} found; lowrank_ds reads FSDP1's internal layout, known for torch >= {low}, < {high}. Use "
+    tested.require(
+        version, TESTED, "LOWRANK_DS_UNTESTED_TORCH",
+        "torch {found} found; lowrank_ds reads FSDP1's internal layout, known for torch >= {low}, < {high}. Use "
         "FSDP2 (fully_shard) or one of these versions, or set LOWRANK_DS_UNTESTED_TORCH=1 and compare a few steps "
-        "with one process first."
-    )
+        "with one process first.",
+    )  # fmt: skip
 
 
 def _attribute(owner: Any, name: str) -> Any:
     """A private attribute that every tested torch has."""
-    if not hasattr(owner, name):
-        raise RuntimeError(
-            f"torch {torch.__version__}: FSDP1 keeps other records than in the versions lowrank_ds was tested with "
-            f"({type(owner).__name__} has no {name}). Use FSDP2 (fully_shard), or torch 2.13."
-        )
-    return getattr(owner, name)
+    return tested.attribute(
+        owner, name, f"torch {torch.__version__}: FSDP1 keeps other records than in the versions lowrank_ds was "
+        "tested with ({missing}). Use FSDP2 (fully_shard), or torch 2.13.",
+    )  # fmt: skip
 
 
 # -- answering --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ file touches these attributes. Read and run with torch 2.13; versions outside `T
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lowrank_ds.collectives import Averaging
-from lowrank_ds.engines import dtensor
+from lowrank_ds.engines import dtensor, tested
 from lowrank_ds.engines.replicas import Averager
 
 TESTED = ((2, 13), (2, 14))  # from, below
@@ -38,25 +37,20 @@ _TAKEN = "_averaged_by_lowrank_ds"  # our mark on a mesh_info
 
 def check_version(version: str) -> None:
     """Raise RuntimeError for a torch whose private attributes were not tested."""
-    parts = tuple(int(p) for p in version.split("+")[0].split(".")[:2])
-    if TESTED[0] <= parts < TESTED[1] or os.environ.get("LOWRANK_DS_UNTESTED_TORCH") == "1":
-        return
-    low, high = (".".join(map(str, v)) for v in TESTED)
-    raise RuntimeError(
-        f"torch {version} found; reduce_in_subspace takes FSDP2's all-reduce over replicas out of its hands by private "
-        f"attributes, known for torch >= {low}, < {high}. Use one of these, or DistributedDataParallel, or leave the "
-        "call out; or set LOWRANK_DS_UNTESTED_TORCH=1 and compare a few steps with a run without it first."
-    )
+    tested.require(
+        version, TESTED, "LOWRANK_DS_UNTESTED_TORCH",
+        "torch {found} found; reduce_in_subspace takes FSDP2's all-reduce over replicas out of its hands by private "
+        "attributes, known for torch >= {low}, < {high}. Use one of these, or DistributedDataParallel, or leave the "
+        "call out; or set LOWRANK_DS_UNTESTED_TORCH=1 and compare a few steps with a run without it first.",
+    )  # fmt: skip
 
 
 def _attribute(owner: Any, name: str) -> Any:
     """A private attribute that every tested torch has."""
-    if not hasattr(owner, name):
-        raise RuntimeError(
-            f"torch {torch.__version__}: FSDP2 keeps other records than in the versions reduce_in_subspace was tested "
-            f"with ({type(owner).__name__} has no {name}). Leave the call out, or use torch 2.13."
-        )
-    return getattr(owner, name)
+    return tested.attribute(
+        owner, name, f"torch {torch.__version__}: FSDP2 keeps other records than in the versions reduce_in_subspace "
+        "was tested with ({missing}). Leave the call out, or use torch 2.13.",
+    )  # fmt: skip
 
 
 def _param_groups(model: nn.Module) -> Iterator[Any]:

@@ -132,14 +132,19 @@ def elastic(hosts: Hosts, names: list[str], case: str, engine: str, data: Path, 
     world, resumed = jobs.processes_of(output), jobs.resumed_at(job.printed())
     if world != len(survivors) or not resumed or resumed[-1] < AT - SAVE_EVERY:
         outcome.errors.append(f"went on from {resumed} with {world} processes, not with {len(survivors)}")
-    largest = jobs.difference(whole, output)
-    outcome.note = f"from step {resumed[-1:]} with {world} processes, difference {largest:.1e}"
-    if not largest <= jobs.LIMIT:
-        outcome.errors.append(f"weights differ by {largest}")
+    compare(outcome, whole, output, f"from step {resumed[-1:]} with {world} processes")
     outcome.seconds = time.monotonic() - began
     if case == "elastic-power":
         hosts.heal(names[1])
     return outcome
+
+
+def compare(outcome: Outcome, whole: Path, output: Path, note: str) -> None:
+    """Add to the outcome how far the weights are from the undisturbed run's."""
+    largest = jobs.difference(whole, output)
+    outcome.note = f"{note}, difference {largest:.1e}"
+    if not largest <= jobs.LIMIT:
+        outcome.errors.append(f"weights differ by {largest}")
 
 
 def join(hosts: Hosts, names: list[str], engine: str, data: Path, whole: Path) -> Outcome:
@@ -160,10 +165,7 @@ def join(hosts: Hosts, names: list[str], engine: str, data: Path, whole: Path) -
     world, resumed = jobs.processes_of(output), jobs.resumed_at(job.printed())
     if world != 2 or not resumed or resumed[0] % SAVE_EVERY == 0 or "signal 15: saved" not in job.printed():
         outcome.errors.append(f"went on from {resumed} with {world} processes, not from a save between others with 2")
-    largest = jobs.difference(whole, output)
-    outcome.note = f"from step {resumed} with {world} processes, difference {largest:.1e}"
-    if not largest <= jobs.LIMIT:
-        outcome.errors.append(f"weights differ by {largest}")
+    compare(outcome, whole, output, f"from step {resumed} with {world} processes")
     outcome.seconds = time.monotonic() - began
     return outcome
 
