@@ -1,7 +1,7 @@
 """What launch/evidence.py trains: the methods, how each is tuned, and which runs are still wanted.
 
 Tuning is the same for all. The learning rate of the projected matrices is searched over a grid with factors of two at
-seed 0, and the grid grows while its best value lies at an end. Embeddings, head and norms, which every method trains
+seed 0, and a grid grows while its best value lies at an end. Embeddings, head and norms, which every method trains
 with plain Adam (Flora: Adafactor), have a learning rate of their own: AdamW's own best, for all. (With one rate for
 everything a table like this compares the rate of the head.) The best is then repeated with other seeds, which change
 initial weights, data order and random columns.
@@ -17,7 +17,7 @@ from typing import NamedTuple
 EMBED_LRS = (0.005, 0.01, 0.02)  # searched with AdamW, at its best learning rate
 FIRST_EMBED_LR = 0.01
 GAP, RANK = 50, 32  # a quarter of the width, as in the published 60M rows
-GROWTH = 3  # the grid may grow by so many values
+GROWTH = 3  # a grid may grow by so many values
 
 
 class Run(NamedTuple):
@@ -80,6 +80,19 @@ METHODS = (
 )  # fmt: skip
 
 
+def grown(grid: tuple[float, ...], found: dict[float, float]) -> list[float]:
+    """Values to try: the grid, and beyond it by factors of two while the best of what was found lies at an end."""
+    values = sorted(grid)
+    for _ in range(GROWTH):
+        if any(value not in found for value in values):
+            break
+        best = min(values, key=found.get)
+        if values[0] < best < values[-1]:
+            break
+        values = [best / 2, *values] if best == values[0] else [*values, best * 2]
+    return values
+
+
 @dataclass(frozen=True)
 class Protocol:
     """Settings of a table, and the rule that says which runs it needs."""
@@ -139,21 +152,14 @@ class Protocol:
             yield from self._embeddings(found)
 
     def grid(self, method: Method, embed: float, found: dict[Run, float]) -> list[float]:
-        """Learning rates to try, grown towards the best while it lies at an end."""
-        rates = sorted(method.grid)
-        for _ in range(GROWTH):
-            known = {lr: found.get(Run(method.name, lr, embed, 0)) for lr in rates}
-            if None in known.values():
-                break
-            best = min(rates, key=known.get)
-            if rates[0] < best < rates[-1]:
-                break
-            rates = [best / 2, *rates] if best == rates[0] else [*rates, best * 2]
-        return rates
+        """Learning rates of the projected matrices to try."""
+        tried = {run.lr: value for run, value in found.items() if run == Run(method.name, run.lr, embed, 0)}
+        return grown(method.grid, tried)
 
     def _embeddings(self, found: dict[Run, float]) -> list[Run]:
         lr = self._best_rate("adamw", FIRST_EMBED_LR, found)
-        return [Run("adamw", lr, embed, 0) for embed in EMBED_LRS]
+        tried = {run.embed_lr: value for run, value in found.items() if run == Run("adamw", lr, run.embed_lr, 0)}
+        return [Run("adamw", lr, embed, 0) for embed in grown(EMBED_LRS, tried)]
 
     def _best_rate(self, name: str, embed: float, found: dict[Run, float]) -> float | None:
         """The best of a finished grid, or None."""

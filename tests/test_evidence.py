@@ -9,12 +9,13 @@ import pytest
 from launch import evidence, evidence_table
 from launch.evidence_protocol import METHODS, Protocol, Run
 
+EMBED = 0.04
 BEST = {"adamw": 0.0025, "galore": 0.08, "apollo": 0.0025}  # where made-up perplexities are lowest; others at 0.01
 
 
 def made_up(run: Run, seed_effect: float = 0.5) -> float:
-    """A bowl around BEST, lowest at embed_lr 0.02, with an effect of the seed that all methods share."""
-    away = abs(math.log2(run.lr / BEST.get(run.method.split("-")[0], 0.01))) + abs(math.log2(run.embed_lr / 0.02))
+    """A bowl around BEST, lowest at EMBED, with an effect of the seed that all methods share."""
+    away = abs(math.log2(run.lr / BEST.get(run.method.split("-")[0], 0.01))) + abs(math.log2(run.embed_lr / EMBED))
     return 80 + away + seed_effect * run.seed
 
 
@@ -32,12 +33,12 @@ def method(name: str):
 
 def test_search_finds_the_best_of_a_growing_grid():
     protocol, found = Protocol(), search(Protocol())
-    assert protocol.embed_lr(found) == 0.02, "AdamW's best learning rate of the embeddings"
+    assert protocol.embed_lr(found) == EMBED, "AdamW's best learning rate of the embeddings"
     for name in ("adamw", "galore", "apollo", "fira"):
-        assert protocol.chosen(method(name), found) == (name, BEST.get(name, 0.01), 0.02, 0)
+        assert protocol.chosen(method(name), found) == (name, BEST.get(name, 0.01), EMBED, 0)
     tried = sorted(run.lr for run in found if run.method == "galore" and run.seed == 0)
     assert tried == [0.005, 0.01, 0.02, 0.04, 0.08, 0.16], "grows while the best is at an end, and one beyond it"
-    assert {run.embed_lr for run in found if run.method != "adamw"} == {0.02}
+    assert {run.embed_lr for run in found if run.method != "adamw"} == {EMBED}
 
 
 def test_growth_has_an_end():
