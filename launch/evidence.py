@@ -5,7 +5,8 @@
 
 Runs `launch/pretrain.py` once for each (method, learning rate, seed) that the protocol of `launch/evidence_protocol.py`
 asks for, `--parallel` at a time with one thread each. Finished runs are kept: the same command goes on where it was
-stopped. `--write` puts the tables into that file (launch/evidence_table.py) and the numbers of every run beside it.
+stopped. `--write` puts the tables into that file (launch/evidence_table.py), the numbers of every run into
+results/evidence.json beside it, and a figure into images/evidence.svg (matplotlib).
 """
 
 import argparse
@@ -20,6 +21,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from launch.evidence_figure import draw
 from launch.evidence_protocol import Protocol, Run, perplexities
 from launch.evidence_table import write_tables
 
@@ -151,7 +153,9 @@ def main() -> None:
         run_all(bench, args.parallel)
     if args.write:
         write_tables(args.write, bench.protocol, bench.results)
-        print(f"tables: {args.write}")
+        figure = args.write.parent / "images" / "evidence.svg"
+        draw(figure, bench.protocol, bench.results)
+        print(f"tables: {args.write}, figure: {figure}")
 
 
 if __name__ == "__main__":

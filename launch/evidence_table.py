@@ -74,6 +74,16 @@ def _processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def reported(protocol: Protocol, found: dict[Run, float]) -> list[Method]:
+    """Methods of the first table: those tuned by themselves whose settings are known."""
+    return [method for method in protocol.methods() if not method.like and seeds_of(protocol, method, found)]
+
+
+def mean(values: dict[int, float]) -> float:
+    """Mean over seeds."""
+    return statistics.fmean(values.values())
+
+
 def _main(protocol: Protocol, results: dict[Run, dict], found: dict[Run, float]) -> str:
     adamw = seeds_of(protocol, METHODS[0], found)
     shares = state_shares(protocol)
@@ -82,10 +92,8 @@ def _main(protocol: Protocol, results: dict[Run, dict], found: dict[Run, float])
         "published, 60M on C4 |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for method in protocol.methods():
+    for method in reported(protocol, found):
         values = seeds_of(protocol, method, found)
-        if not values or method.name in BASELINES.values() or (method.like and method.name not in BASELINES):
-            continue
         run = protocol.chosen(method, found)
         gap, error, pairs = paired(values, adamw)
         state = results[run]["state_bytes"] / 2**20
@@ -101,7 +109,7 @@ def _main(protocol: Protocol, results: dict[Run, dict], found: dict[Run, float])
 
 def _spread(values: dict[int, float]) -> str:
     spread = f" ± {statistics.stdev(values.values()):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values.values()):.2f}{spread}"
+    return f"{mean(values):.2f}{spread}"
 
 
 def _percent(gap: float, error: float) -> str:
