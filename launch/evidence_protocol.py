@@ -51,6 +51,11 @@ class Method:
     grid: tuple[float, ...] = ()
     like: str | None = None
 
+    @property
+    def is_refresh(self) -> bool:
+        """Whether it differs from the method it is like in how bases are found or moments carried over."""
+        return self.like is not None and bool({"subspace", "on_refresh"} & self.options.keys())
+
 
 def _projected(**options) -> dict:
     return {"rank": RANK, "update_proj_gap": GAP} | options
@@ -69,8 +74,8 @@ METHODS = (
     Method("flora", "Flora", "Flora", {"rank": RANK, "kappa": GAP}, _LOW),
     Method("fira-randomized", "Fira, randomized", "FiraAdamW", _projected(subspace="randomized"), like="fira"),
     Method("fira-rotate", "Fira, power, rotate", "FiraAdamW", _projected(on_refresh="rotate"), like="fira"),
-    Method("fira-half", "Fira, rank 16", "FiraAdamW", _projected(rank=RANK // 2), _LOW),
-    Method("apollo-half", "APOLLO, rank 16", "ApolloAdamW", _projected(rank=RANK // 2), _LOW),
+    Method("fira-half", "Fira, rank 16", "FiraAdamW", _projected(rank=RANK // 2), like="fira"),
+    Method("apollo-half", "APOLLO, rank 16", "ApolloAdamW", _projected(rank=RANK // 2), like="apollo"),
     Method("apollo-all", "APOLLO, embeddings and head too", "ApolloAdamW",
            _projected(target_modules=["embed", "lm_head", "proj"]), _LOW),
 )  # fmt: skip

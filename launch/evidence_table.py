@@ -75,8 +75,8 @@ def _processor() -> str:
 
 
 def reported(protocol: Protocol, found: dict[Run, float]) -> list[Method]:
-    """Methods of the first table: those tuned by themselves whose settings are known."""
-    return [method for method in protocol.methods() if not method.like and seeds_of(protocol, method, found)]
+    """Methods of the first table whose settings are known; the second compares refreshes."""
+    return [method for method in protocol.methods() if not method.is_refresh and seeds_of(protocol, method, found)]
 
 
 def mean(values: dict[int, float]) -> float:
@@ -131,7 +131,7 @@ def _refreshes(protocol: Protocol, found: dict[Run, float]) -> str:
     ]
     for name, baseline in BASELINES.items():
         exact = seeds_of(protocol, known[baseline], found)
-        for method in [known[name], *(other for other in METHODS if other.like == name)]:
+        for method in [known[name], *(each for each in METHODS if each.like == name and each.is_refresh)]:
             values = seeds_of(protocol, method, found)
             if not values:
                 continue
