@@ -50,6 +50,7 @@ class Method:
     options: dict = field(default_factory=dict)
     grid: tuple[float, ...] = ()
     like: str | None = None
+    tier: int = 0  # made after all runs of lower tiers, so that a table cut short has whole rows
 
     @property
     def is_refresh(self) -> bool:
@@ -69,15 +70,15 @@ METHODS = (
     Method("apollo", "APOLLO", "ApolloAdamW", _projected(), _LOW),
     Method("galore-svd", "GaLore, exact SVD", "GaLoreAdamW", _projected(subspace="svd"), like="galore"),
     Method("fira-svd", "Fira, exact SVD", "FiraAdamW", _projected(subspace="svd"), like="fira"),
-    Method("apollo-mini", "APOLLO-Mini", "ApolloMini", {"rank": 1, "update_proj_gap": GAP}, _LOW),
-    Method("fira-paper", "Fira (as its paper)", "FiraAdamW", _projected(residual="paper"), _LOW),
-    Method("flora", "Flora", "Flora", {"rank": RANK, "kappa": GAP}, _LOW),
-    Method("fira-randomized", "Fira, randomized", "FiraAdamW", _projected(subspace="randomized"), like="fira"),
-    Method("fira-rotate", "Fira, power, rotate", "FiraAdamW", _projected(on_refresh="rotate"), like="fira"),
-    Method("fira-half", "Fira, rank 16", "FiraAdamW", _projected(rank=RANK // 2), like="fira"),
-    Method("apollo-half", "APOLLO, rank 16", "ApolloAdamW", _projected(rank=RANK // 2), like="apollo"),
+    Method("fira-rotate", "Fira, power, rotate", "FiraAdamW", _projected(on_refresh="rotate"), like="fira", tier=1),
+    Method("fira-randomized", "Fira, randomized", "FiraAdamW", _projected(subspace="randomized"), like="fira", tier=1),
+    Method("apollo-mini", "APOLLO-Mini", "ApolloMini", {"rank": 1, "update_proj_gap": GAP}, _LOW, tier=2),
+    Method("fira-paper", "Fira (as its paper)", "FiraAdamW", _projected(residual="paper"), _LOW, tier=2),
+    Method("flora", "Flora", "Flora", {"rank": RANK, "kappa": GAP}, _LOW, tier=2),
+    Method("fira-half", "Fira, rank 16", "FiraAdamW", _projected(rank=RANK // 2), like="fira", tier=3),
+    Method("apollo-half", "APOLLO, rank 16", "ApolloAdamW", _projected(rank=RANK // 2), like="apollo", tier=3),
     Method("apollo-all", "APOLLO, embeddings and head too", "ApolloAdamW",
-           _projected(target_modules=["embed", "lm_head", "proj"]), _LOW),
+           _projected(target_modules=["embed", "lm_head", "proj"]), _LOW, tier=3),
 )  # fmt: skip
 
 
@@ -135,9 +136,10 @@ class Protocol:
     def wanted(self, found: dict[Run, float]) -> list[Run]:
         """Runs that are not there yet and can be named already, the most telling first."""
         methods, missing = self.methods(), []
-        for stage in (self._tuning, self._repeats):
-            for method in methods:
-                missing += [run for run in stage(method, found) if run not in found and run not in missing]
+        for tier in sorted({method.tier for method in methods}):
+            for stage in (self._tuning, self._repeats):
+                for method in (each for each in methods if each.tier == tier):
+                    missing += [run for run in stage(method, found) if run not in found and run not in missing]
         return missing
 
     def _tuning(self, method: Method, found: dict[Run, float]) -> Iterator[Run]:
