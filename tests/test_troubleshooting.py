@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md quotes messages as they stand in the source, in ours and in that of the packages around us."""
+"""docs/troubleshooting.md quotes messages as they stand in the source, ours and that of packages around us."""
 
 from __future__ import annotations
 
