@@ -15,6 +15,11 @@ _COMMENT = re.compile(r"<!-- docs-test: (not run: (?P<reason>.+?)|(?P<fresh>fres
                       r"|before\n(?P<before>.*?)) ?-->", re.S)  # fmt: skip
 
 
+_STARTS = re.compile(
+    r"(torchrun|deepspeed|python|lowrank-ds|pytest|mpirun|srun|sbatch|bash) \S|[A-Z_]+=\S+ \S|launch/\w+\.sh "
+)
+
+
 @dataclass(frozen=True)
 class Block:
     """A fenced block: `text` is its content, unindented, whose first line is line `line` of `page` (1-based)."""
@@ -100,6 +105,15 @@ def _asked(page: str, start: int, prose: str) -> dict:
 def every(language: str) -> Iterator[Block]:
     """All pages' blocks of a language."""
     return (block for page in pages() for block in blocks(page) if block.language == language)
+
+
+def spans(page: Path) -> Iterator[Block]:
+    """Commands in the running text, such as `torchrun ... -m lowrank_ds doctor`; they may leave arguments out."""
+    text, name = prose(page), str(page.relative_to(ROOT))
+    for match in re.finditer(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)", text):
+        if _STARTS.match(match[1]):
+            command = " ".join(match[1].split()) + " ...\n"
+            yield Block(name, text.count("\n", 0, match.start()) + 1, "bash", command)
 
 
 def prose(page: Path) -> str:

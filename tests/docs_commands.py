@@ -125,8 +125,8 @@ def _target(words: list[str], command: Command) -> tuple[str, list[str]] | None:
         return _python(rest)
     if name == "bash" and rest and rest[0].endswith(".sh"):
         return _target(rest, command)
-    if name == "lowrank-ds":
-        return "lowrank_ds", rest
+    if name in ("lowrank-ds", "pytest"):
+        return name.replace("-", "_"), rest
     return (name, rest) if name.endswith(".sh") and name.startswith(FOLDERS) else None
 
 
@@ -136,9 +136,9 @@ def _starts(word: str) -> bool:
 
 def _python(words: list[str]) -> tuple[str, list[str]] | None:
     """What `python WORDS` runs, if it is ours."""
-    if words[:1] == ["-m"]:
-        module = words[1]
-        return (module, words[2:]) if module.split(".")[0] in ("lowrank_ds", "tests", "launch") else None
+    if words[:1] == ["-m"] and len(words) > 1:
+        ours = words[1].split(".")[0] in ("lowrank_ds", "tests", "launch", "pytest")
+        return (words[1], words[2:]) if ours else None
     return (words[0], words[1:]) if words and words[0].startswith(FOLDERS) else None
 
 
@@ -153,7 +153,7 @@ def _deepspeed(words: list[str]) -> list[str]:
     from deepspeed.launcher.runner import parse_args
 
     given = parse_args(words)
-    return (["-m"] if given.module else []) + [given.user_script, *given.user_args]
+    return (["-m"] if given.module else []) + [w for w in (given.user_script, *given.user_args) if w is not None]
 
 
 LAUNCHERS: dict[str, Callable[[list[str]], list[str]]] = {"torchrun": _torchrun, "deepspeed": _deepspeed}
@@ -201,8 +201,7 @@ def _stopped(relaxed: bool) -> Iterator[None]:
 
     def parse_known_args(self, *arguments, **named):
         for action in self._actions if relaxed else ():
-            if action.option_strings or action.nargs is None and not isinstance(action, argparse._SubParsersAction):
-                action.required = False
+            action.required = False
         return original(self, *arguments, **named)
 
     with mock.patch.object(argparse.ArgumentParser, "parse_known_args", parse_known_args):
@@ -265,7 +264,11 @@ def _uncommented(script: str) -> str:
 
 def _programs() -> dict[str, Callable[[list[str]], None]]:
     """Our programs: each one's name -> what parses its arguments. A new file with a parser is known by itself."""
-    found: dict[str, Callable[[list[str]], None]] = {"lowrank_ds": _cli, "tests/run.sh": _pytest}
+    found: dict[str, Callable[[list[str]], None]] = {
+        "lowrank_ds": _cli,
+        "tests/run.sh": _pytest,
+        "pytest": _pytest,
+    }
     sources = [*ROOT.glob("launch/*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("tests/*/*.py")]
     for file in sources + [ROOT / "ds_configs/generate.py"]:
         text, path = file.read_text(), str(file.relative_to(ROOT))

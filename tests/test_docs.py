@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tests import docs_commands, docs_context
 from tests.cluster import launch
-from tests.docs_blocks import ROOT, blocks, every, pages
+from tests.docs_blocks import ROOT, blocks, every, pages, prose, spans
 
 NOT_RUN = 4  # blocks that may say why they are not run here
-OURS = 25  # commands of ours that are checked, at least: fewer, and the test has stopped to see them
+OURS = 60  # commands of ours that are checked, at least: fewer, and the test has stopped to see them
 
 PAGES = [str(page.relative_to(ROOT)) for page in pages()]
 WITH_PYTHON = [page for page in PAGES if "```python" in (ROOT / page).read_text()]
@@ -34,7 +38,8 @@ def test_python_runs(page: str, tmp_path: Path) -> None:
 def test_commands_parse(tmp_path: Path) -> None:
     """Flags, files and variables of every command that starts one of our programs."""
     commands = []
-    for number, block in enumerate(every("bash")):
+    inline = [block for page in pages() for block in spans(page)]
+    for number, block in enumerate([*every("bash"), *inline]):
         folder = tmp_path / str(number)
         folder.mkdir()
         commands += docs_commands.recorded(block, folder)
@@ -48,3 +53,39 @@ def test_json_and_yaml(tmp_path: Path) -> None:
     found = [*every("json"), *every("yaml")]
     wrong = launch(1, docs_context.check_settings, found, str(tmp_path))[0]
     assert not wrong, "\n".join(wrong)
+
+
+def _anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the page's headings."""
+    seen: Counter[str] = Counter()
+    found = set()
+    for title in re.findall(r"^#+ +(.*?) *$", prose(page), flags=re.M):
+        title = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title)
+        slug = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        found.add(slug if not seen[slug] else f"{slug}-{seen[slug]}")
+        seen[slug] += 1
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_on_github(page: str) -> None:
+    """Files and anchors that relative links and pictures name are there (Sphinx checks the built pages)."""
+    file, wrong = ROOT / page, []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(file)):
+        path, _, anchor = target.partition("#")
+        if re.match(r"[a-z]+:", target):
+            continue
+        goal = (file.parent / path).resolve() if path else file
+        if not goal.exists():
+            wrong.append(f"{page}: there is no {target}")
+        elif anchor and anchor not in _anchors(goal):
+            wrong.append(f"{page}: {target}: no such heading")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_sphinx_builds_without_a_warning(tmp_path: Path) -> None:
+    """The command of docs/writing.md, into another folder; nothing is fetched."""
+    command = [sys.executable, "-m", "sphinx", "-W", "-n", "--keep-going", "-q", "-b", "html", "docs", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert (tmp_path / "index.html").exists()
