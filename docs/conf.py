@@ -42,7 +42,11 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_preprocess_types = False
 default_role = "code"  # `x` in a docstring is code, as in Markdown
-nitpick_ignore_regex = [("py:exc", ".*"), ("py:class", r"(torch|collections|argparse)\..*|optional")]
+nitpick_ignore_regex = [  # of other packages, and types that the reference does not show
+    ("py:exc", ".*"),
+    ("py:class", r"(torch|collections|argparse)\..*|optional|lowrank_ds\.plan\.\w+\.\w+"),
+]
+napoleon_use_ivar = True
 
 # READMEs of other folders that are pages here too: name of the page -> file.
 FOREIGN = {

@@ -27,8 +27,8 @@ _CLASSES = (*ALGORITHMS, LoRAFA)
 _NOTE = "<!-- Made by docs/generate.py; change the code and run it again. -->"
 _INTRODUCTION = """\
 The same names in Python, in a param group, in a ds_config's `"params"`, in `for_trainer(...)` and in a YAML file's
-`optimizer_args`; null is None in Python. An unknown name or a value out of range raises ValueError, which lists what there
-is. Background: [algorithms](../algorithms.md), [refresh](../refresh.md), [low-bit state](../low_bit.md),
+`optimizer_args`; null is None in Python. An unknown name or a value out of range raises ValueError, which lists what
+there is. Background: [algorithms](../algorithms.md), [refresh](../refresh.md), [low-bit state](../low_bit.md),
 [micro-batches](../layerwise.md#micro-batches), [projector storage](../fsdp2.md).
 
 | option | default | takes | meaning | optimizers |
