@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from lowrank_ds.options import CHECKS, MEANINGS
 from tests import docs_commands, docs_context
 from tests.cluster import launch
 from tests.docs_blocks import ROOT, blocks, every, pages, prose, spans
@@ -89,3 +92,37 @@ def test_sphinx_builds_without_a_warning(tmp_path: Path) -> None:
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert built.returncode == 0, built.stdout + built.stderr
     assert (tmp_path / "index.html").exists()
+
+
+@pytest.mark.parametrize("page", ["options.md", "cli.md"])
+def test_reference_is_what_the_code_says(page: str) -> None:
+    """`python docs/generate.py` was run after the last change of an option or a flag."""
+    written = (ROOT / "docs/reference" / page).read_text()
+    assert _loaded("docs/generate.py").PAGES[page]() == written, f"run: python docs/generate.py ({page} is stale)"
+
+
+def test_every_option_has_a_meaning() -> None:
+    """And none that is not there any more has one."""
+    assert set(MEANINGS) == set(CHECKS)
+
+
+def test_figures_are_drawn(tmp_path: Path) -> None:
+    """The script runs, and what it draws (text as outlines apart) is what lies in docs/images."""
+    figures = _loaded("docs/figures/layouts.py")
+    drawn = figures.draw(tmp_path)
+    for file in drawn:
+        committed = (ROOT / "docs/images" / file.name).read_text()
+        assert _shapes(file.read_text()) == _shapes(committed), f"run: python docs/figures/layouts.py ({file.name})"
+        assert f"images/{file.name}" in (ROOT / "docs/layouts.md").read_text()
+
+
+def _shapes(svg: str) -> list[str]:
+    """Texts (matplotlib leaves them as comments) and colours of a figure; outlines depend on matplotlib's version."""
+    return re.findall(r"<!-- (.*?) -->|fill: (#\w+)", svg)
+
+
+def _loaded(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
