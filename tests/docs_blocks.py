@@ -88,8 +88,8 @@ def _close(lines: list[str], fence: int) -> int | None:
 def _asked(page: str, start: int, prose: str) -> dict:
     """What the comments in the prose before a block say, as fields of Block; start: lines before the prose."""
     asked: dict = {}
-    for at in (m.start() for m in re.finditer("<!-- docs-test", prose)):
-        match = _COMMENT.match(prose, at)
+    for at in (m.start() for m in re.finditer("^ *<!-- docs-test", prose, flags=re.M)):
+        match = _COMMENT.match(prose, prose.index("<", at))
         line = start + prose.count("\n", 0, at) + 1
         if match is None:
             raise ValueError(f"{page}:{line}: this docs-test comment is none of those in docs/writing.md")

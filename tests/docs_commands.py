@@ -146,14 +146,22 @@ def _torchrun(words: list[str]) -> list[str]:
     from torch.distributed.run import get_args_parser
 
     given = get_args_parser().parse_args(words)
-    return (["-m"] if given.module else []) + [given.training_script, *given.training_script_args]
+    return (
+        (["-m"] if given.module else [])
+        + ([given.training_script] if given.training_script else [])
+        + list(given.training_script_args or ())
+    )
 
 
 def _deepspeed(words: list[str]) -> list[str]:
     from deepspeed.launcher.runner import parse_args
 
     given = parse_args(words)
-    return (["-m"] if given.module else []) + [w for w in (given.user_script, *given.user_args) if w is not None]
+    return (
+        (["-m"] if given.module else [])
+        + ([given.user_script] if given.user_script else [])
+        + list(given.user_args or ())
+    )
 
 
 LAUNCHERS: dict[str, Callable[[list[str]], list[str]]] = {"torchrun": _torchrun, "deepspeed": _deepspeed}
