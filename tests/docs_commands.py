@@ -208,6 +208,7 @@ def _stopped(relaxed: bool) -> Iterator[None]:
     original = argparse.ArgumentParser.parse_known_args
 
     def parse_known_args(self, *arguments, **named):
+        self.allow_abbrev = False  # a page gives whole names
         for action in self._actions if relaxed else ():
             action.required = False
         return original(self, *arguments, **named)
