@@ -33,8 +33,7 @@ there is. Background: [algorithms](../algorithms.md), [refresh](../refresh.md), 
 
 | option | default | takes | meaning | optimizers |
 |---|---|---|---|---|"""
-_COMMANDS = """\
-`lowrank-ds COMMAND`, or `python -m lowrank_ds COMMAND`, which launchers can start (`-m lowrank_ds`)."""
+_COMMANDS = "`lowrank-ds` and a command, or `python -m lowrank_ds` and a command; launchers start the module."
 
 
 def options() -> str:

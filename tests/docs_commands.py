@@ -279,7 +279,7 @@ def _programs() -> dict[str, Callable[[list[str]], None]]:
         "pytest": _pytest,
     }
     sources = [*ROOT.glob("launch/*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("tests/*/*.py")]
-    for file in sources + [ROOT / "ds_configs/generate.py"]:
+    for file in [*sources, *ROOT.glob("ds_configs/*.py"), *ROOT.glob("docs/*.py"), *ROOT.glob("docs/figures/*.py")]:
         text, path = file.read_text(), str(file.relative_to(ROOT))
         if "__main__" in text:
             module = path.removesuffix(".py").replace("/", ".")
