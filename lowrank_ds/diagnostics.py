@@ -47,16 +47,21 @@ class _Matrix(NamedTuple):
 class Report:
     """The diagnostics of one interval.
 
-    matrices: {name: numbers}, None where there is none in this interval or for this algorithm:
-        captured_energy: sum |R|^2 / sum |G|^2, how much of the gradient the subspace holds, in [0, 1].
-        overlap: mean |B_old^T B_new|_F^2 / r over the interval's refreshes, in [0, 1]. (With a 4-bit projector,
-            which is not quite orthonormal, both may exceed 1 by some percent.)
-        update_rms: root mean square of the change of an entry in a step, learning rate in, weight decay left out.
-        limiter_hits: steps in which Fira's or APOLLO's limiter cut. steps: that there were.
-        skipped_updates, skipped_refreshes: because a gradient was not finite (a refresh: or all zero).
-    summary: {"captured_energy_mean", "captured_energy_min", "overlap_mean", "overlap_min", "update_rms_mean",
-        "update_rms_min", "limiter_hits", "skipped_updates", "skipped_refreshes", "steps"}: means and minima over the
-        matrices that have the number, sums of counts, the largest number of steps; keys without a number left out.
+    The numbers of a matrix, None where there is none in this interval or for this algorithm:
+
+    - captured_energy: sum |R|^2 / sum |G|^2, how much of the gradient the subspace holds, in [0, 1].
+    - overlap: mean |B_old^T B_new|_F^2 / r over the interval's refreshes, in [0, 1]. (With a 4-bit projector, which is
+      not quite orthonormal, both may exceed 1 by some percent.)
+    - update_rms: root mean square of the change of an entry in a step, learning rate in, weight decay left out.
+    - limiter_hits: steps in which Fira's or APOLLO's limiter cut; steps: that there were.
+    - skipped_updates, skipped_refreshes: because a gradient was not finite (a refresh: or all zero).
+
+    Attributes:
+        matrices: {name of the matrix: numbers}.
+        summary: {"captured_energy_mean", "captured_energy_min", "overlap_mean", "overlap_min", "update_rms_mean",
+            "update_rms_min", "limiter_hits", "skipped_updates", "skipped_refreshes", "steps"}: means and minima over
+            the matrices that have the number, sums of counts, the largest number of steps; keys without a number left
+            out.
     """
 
     matrices: dict[str, dict[str, Any]]

@@ -29,7 +29,8 @@ class Int8Weight(Tensor):
     """A matrix (m, n) of int8 codes with an fp32 scale for each `block` columns of a row.
 
     Args:
-        codes: (m, n) int8. scales: (m, ceil(n / block)) fp32.
+        codes: (m, n) int8.
+        scales: (m, ceil(n / block)) fp32.
         block: columns that share a scale.
         dtype: what the matrix looks like from outside: the dtype of its gradient.
         label: the name of the parameter, for messages.

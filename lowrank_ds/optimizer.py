@@ -30,7 +30,19 @@ _BUCKET = 1 << 27  # numbers (fp32) that shared work keeps alive at once
 
 
 class LowRankOptimizer(BoundGroups):
-    """Base of all algorithms: a subclass declares OPTIONS and maps a param group to a `Recipe` (see `NamedGroups`)."""
+    """Base of all algorithms: a subclass declares OPTIONS and maps a param group to a `Recipe`.
+
+    Args:
+        params: what torch.optim accepts. Groups that carry 'rank' are projected, groups without it are not (the
+            published packages' form). If no group carries it, `rank`, `target_modules` and `exclude` choose the
+            parameters by name, so names must be known: pass `model.named_parameters()`, or let a ds_config name the
+            optimizer.
+        *arguments: options by position, in the order of OPTIONS, which is the package's.
+        **settings: options by name, for all groups that do not give their own.
+
+    Raises:
+        ValueError: an unknown option, a value out of range, options that exclude each other, or nothing to project.
+    """
 
     def __init__(self, params: Iterable[Any], *arguments: Any, layerwise: Any = None, **settings: Any) -> None:
         """See the class.

@@ -127,6 +127,65 @@ CHECKS: dict[str, Check] = {
     ),
 }
 
+# What each option does, one sentence or two: docs/reference/options.md is made of it (docs/generate.py).
+MEANINGS: dict[str, str] = {
+    "lr": "Learning rate of everything. null (Adafactor, Flora): Adafactor's relative step.",
+    "weight_decay": "Decoupled decay per step, times the learning rate; before the update (LoRAFA: after it, as peft).",
+    "betas": "Decay of Adam's two moments.",
+    "eps": "Added to the uncorrected sqrt of the second moment (Adam), as in the packages. Adafactor, AdaLomo: added "
+    "to squared gradients, and smallest RMS of a weight.",
+    "correct_bias": "Adam's bias correction, of the step size.",
+    "compile": "Adam's moments in one kernel made by torch.compile.",
+    "rank": "Dimension r of the subspaces, of matrices that are projected; larger than min(m, n) raises, naming the "
+    "matrix. null, or a group without it: nothing is projected, the plain rule on the whole parameter.",
+    "update_proj_gap": "Steps between bases (T).",
+    "kappa": "Steps between bases; flora-opt's name for update_proj_gap.",
+    "scale": "Factor of the update of projected matrices: linear in GaLore, its square root in APOLLO.",
+    "alpha": "Factor of the update of projected matrices, linear; fira's name for scale.",
+    "proj_type": "Which side is compressed: std the shorter, reverse_std the longer, right the columns, left the rows, "
+    "full both (GaLore).",
+    "subspace": "Where a basis comes from: svd exact, randomized a range finder, power warm-started block power, "
+    "gaussian seeded and never stored. null: power, with proj_type full svd.",
+    "on_refresh": "The moments at a new basis: keep (as published), rotate (exp_avg expressed in the new one), reset.",
+    "residual": "What is made of the gradient outside the subspace: code as the package, paper as Algorithm 1.",
+    "scaling": "Fira's factor of the residual: one a line (column), or one a matrix.",
+    "limiter": "Largest growth of the residual's norm from one step to the next; null: none.",
+    "scale_type": "APOLLO's factor of the gradient: one a channel, or one a tensor.",
+    "scale_front": "Apply sqrt(scale) before the growth limiter.",
+    "disable_nl": "Leave APOLLO's growth limiter (1.01) out.",
+    "clip_threshold": "Adafactor: an update with a larger root mean square is scaled down to it.",
+    "decay_rate": "Adafactor: the second moment's decay at step t is 1 - t^decay_rate.",
+    "beta1": "Decay of Adafactor's momentum; null: none. Flora keeps it in the subspace.",
+    "scale_parameter": "Adafactor: the step is times max(eps[1], RMS of the weight).",
+    "relative_step": "Adafactor's own step size min(1e-2, 1 / sqrt(t)). null: if lr is not given.",
+    "warmup_init": "With relative_step: at most 1e-6 t.",
+    "factorize_second_moment": "Keep a row's and a column's mean of a matrix' squared gradients in place of all.",
+    "quantization": "Keep the momentum in 8 bits; flora-opt's name for moments.",
+    "moments": "How exp_avg and exp_avg_sq are stored, those of parameters that are not projected too.",
+    "projector_dtype": "How a basis is stored.",
+    "min_8bit_size": "Matrices with fewer entries, all ranks' together, stay fp32.",
+    "lazy_refresh": "Double a matrix' refresh interval each time its subspace has hardly moved.",
+    "lazy_threshold": "What hardly means: mean stability of five refreshes, 1 for an unchanged subspace.",
+    "clip_grad_norm": "lomo-optim's; refused.",
+    "clip_grad_value": "lomo-optim's; refused.",
+    "loss_scale": "lomo-optim's; refused.",
+    "loss_scale_args": "lomo-optim's; refused.",
+    "target_modules": "Parameters to project: substrings or regular expressions of their names. null: each with two or "
+    "more dimensions, except embeddings and the output head.",
+    "exclude": "Parameters that are not projected; wins over target_modules.",
+    "matricize": "How a parameter of 3 or 4 dimensions becomes matrices: stack (a basis each), flatten (out x rest). "
+    "auto: 3 stack, 4 flatten.",
+    "oversample": "Random columns beside the r that a basis is chosen from (subspace randomized, power).",
+    "cold_every": "Every so many refreshes start from random columns alone (subspace power).",
+    "stagger": "Spread the refreshes of different matrices over the interval.",
+    "projector_storage": "Where a basis lives: sharded over the ranks, replicated on each, seed (drawn again). null: "
+    "what fits the subspace.",
+    "seed": "Of random bases, sketches and rounding, which belong to (seed, parameter name, refresh or step).",
+    "stochastic_rounding": "Round updates of bf16 weights without an fp32 copy up or down at random, right on average.",
+    "compress_accumulation": "Sum micro-batches as coordinates (recipes that drop the residual).",
+    "accumulation_compression_rank": "Sum micro-batches in a random sketch of this rank.",
+}
+
 COMMON: dict[str, Any] = {
     "proj_type": "std",
     "on_refresh": "keep",

@@ -36,7 +36,10 @@ _BUCKET = 1 << 27  # numbers (fp32) that projections keep alive at once
 class Traffic(NamedTuple):
     """Bytes that this rank gave to all-reduces over replicas for one step (a ring of W ranks sends 2 (W-1)/W of it).
 
-    coordinates: of projected gradients. whole: of gradients. without: what whole gradients would have been.
+    Attributes:
+        coordinates: of projected gradients.
+        whole: of whole gradients.
+        without: what whole gradients would have been.
     """
 
     coordinates: int

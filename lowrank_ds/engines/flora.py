@@ -29,7 +29,8 @@ class FloraAccelerator(Accelerator):
     Args:
         accumulation_compression_rank: r of A, for the matrices that Flora projects. None, or one micro-batch a step:
             gradients are summed whole.
-        *args, **kwargs: accelerate's, such as gradient_accumulation_steps.
+        *args: accelerate's.
+        **kwargs: accelerate's, such as gradient_accumulation_steps.
 
     Raises:
         ValueError: a rank that is no whole number >= 1, fp16, or an engine that sums gradients itself (DeepSpeed).

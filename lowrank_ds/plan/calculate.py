@@ -27,9 +27,17 @@ _MOST = 4096  # sequences a rank: where the search for a micro-batch ends
 class Plan:
     """What one configuration takes on the rank that needs most.
 
-    rank: that one, among those that share the model. peak: (phase, its worst moment) of the step; phases: of each.
-    state: {"moments", "projectors"} bytes. engine, ours: traffic of an ordinary step. refresh: our part of a step that
-    renews all bases, its traffic and what it needs meanwhile; None: there are none, or nobody asked.
+    Attributes:
+        settings: the configuration.
+        rank: that one, among those that share the model.
+        phase: of the step, in which its worst moment is.
+        peak: the worst moment, bytes by category.
+        phases: the worst moment of each phase.
+        state: {"moments", "projectors"} bytes.
+        engine: the engine's traffic in an ordinary step.
+        ours: the optimizer's.
+        refresh: our part of a step that renews all bases, its traffic and what it needs meanwhile; None: there are
+            none, or nobody asked.
     """
 
     settings: Settings
@@ -66,7 +74,12 @@ class Planner:
         self.optimizers = {rank: kind(settings, rank) for rank in sorted(ranks)}
 
     def plan(self, micro_batch: int | None = None, refresh: bool = True) -> Plan:
-        """The plan; refresh: look at a step that renews bases too."""
+        """The plan.
+
+        Args:
+            micro_batch: sequences of a rank, in place of the settings'.
+            refresh: look at a step that renews bases too.
+        """
         settings = self.settings
         if micro_batch is not None:
             settings = dataclasses.replace(settings, micro_batch=micro_batch)

@@ -70,12 +70,25 @@ class Zero:
 class Settings:
     """One configuration.
 
-    config: the model's HF config. recipe: a name of RECIPES, a class name, or "adamw" (torch's AdamW, fused). rank: of
-    the subspaces; None: the recipe's default; 0: nothing is projected (our AdamW, which layer-wise updates can use).
-    options: the recipe's other options. nodes, gpus: of a node.
-    seq, micro_batch: tokens of a sequence, sequences of a rank. layerwise, checkpointing: updates inside the backward,
-    activation checkpointing. dtype: of weights, gradients and activations. shard: ranks that share one copy of the
-    model under "hsdp" (0: those of a node). zero: DeepSpeed's settings.
+    Attributes:
+        config: the model's HF config.
+        recipe: a name of RECIPES, a class name, or "adamw" (torch's AdamW, fused).
+        rank: of the subspaces; None: the recipe's default; 0: nothing is projected (our AdamW, which layer-wise updates
+            can use).
+        engine: one of ENGINES.
+        nodes: how many.
+        gpus: of a node.
+        seq: tokens of a sequence.
+        micro_batch: sequences of a rank.
+        layerwise: updates inside the backward.
+        checkpointing: activation checkpointing.
+        dtype: "bf16" or "fp32", of weights, gradients and activations.
+        shard: ranks that share one copy of the model under "hsdp" (0: those of a node).
+        options: the recipe's other options.
+        zero: DeepSpeed's settings.
+
+    Raises:
+        ValueError: a value out of range, or an engine that cannot do what is asked.
     """
 
     config: Mapping[str, Any]
