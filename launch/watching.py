@@ -28,8 +28,8 @@ def watch(args, trainer, first: int) -> list[tuple[int, Callable[[int], None]]]:
         else:
             if args.scaling_every and first:
                 raise ValueError(
-                    f"the full-rank moments that scaling factors are compared with are in no checkpoint, and this run goes "
-                    f"on from step {first}. Leave --scaling-every out, or start again"
+                    "the full-rank moments that scaling factors are compared with are in no checkpoint, and this run "
+                    f"goes on from step {first}. Leave --scaling-every out, or start again"
                 )
             monitor = lowrank_ds.Diagnostics(optimizer, compare_scaling=bool(args.scaling_every))
     except (TypeError, ValueError) as error:

@@ -144,8 +144,8 @@ class Diagnostics:
         """{matrix: {"low": (lines,), "full": (lines,)}}: mean factor of each line over the steps since the last time.
 
         fp64, on the CPU, the same on all ranks; all must call it. low: phi(R), which Fira and APOLLO scale by; full:
-        phi(G) (`scaling.py`). Lines are rows when columns are compressed, else columns. Matrices without a step are left
-        out.
+        phi(G) (`scaling.py`). Lines are rows when columns are compressed, else columns. Matrices without a step are
+        left out.
 
         Raises:
             RuntimeError: `compare_scaling` was not asked for.
