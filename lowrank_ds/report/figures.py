@@ -191,6 +191,7 @@ def subspaces(runs: Sequence[Run], png: Path | None) -> str:
     found = [row for row in _WATCHED if any(row[0] in numbers for run in runs for _, numbers in run.diagnostics)]
     if not found:
         return ""
+    last = max(step for run in runs for step, _ in run.diagnostics)
     with panels(len(found), width=4.0 * max(2, len(found))) as (figure, axes):
         for axis, (key, title, lowest) in zip(axes, found, strict=True):
             for i, run in enumerate(runs):
@@ -199,7 +200,7 @@ def subspaces(runs: Sequence[Run], png: Path | None) -> str:
                     if points:
                         marker = {"marker": MARKERS[i % len(MARKERS)], "markersize": 4 if which == key else 2}
                         axis.plot(*zip(*_thin(points), strict=True), **{**look(i), **marker, **style})
-            axis.set(title=title, xlabel="steps", ylim=(0, None), xlim=(0, None))
+            axis.set(title=title, xlabel="steps", ylim=(0, None), xlim=(0, 1.03 * last))
             thousands(axis.xaxis)
         labelled = max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1]))
         legend(figure, labelled)
@@ -207,14 +208,16 @@ def subspaces(runs: Sequence[Run], png: Path | None) -> str:
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
-_KINDS = (("moments", "moments", "#0072B2", ""), ("projectors", "projectors", "#E69F00", "///"),
-          ("other", "other state", "#009E73", "..."))  # fmt: skip
+_KINDS = (  # (of memory_of, label, colour, hatch)
+    ("state_moments", "moments", "#0072B2", ""), ("state_projectors", "projectors", "#E69F00", "///"),
+    ("state_other", "other state", "#009E73", "..."),
+)  # fmt: skip
 
 
 def memory_of(run: Run) -> dict[str, float]:
     """Bytes on the rank that has most: "state", "peak", and the state's kinds where they were recorded."""
     found = {}
-    for key in ("optimizer_state", "peak_memory", *(f"state_{kind}" for kind, *_ in _KINDS)):
+    for key in ("optimizer_state", "peak_memory", *(kind for kind, *_ in _KINDS)):
         ranks = run.summary.get(f"{key}_bytes_per_rank")
         if ranks:
             found[key] = float(max(ranks))
@@ -231,55 +234,40 @@ def byte_unit(largest: float) -> tuple[float, str]:
 
 def memory(runs: Sequence[Run], png: Path | None) -> str:
     """Optimizer state by kind, and its share of the peak, a bar for each run; "" where no run tells."""
-    told = [(run, memory_of(run)) for run in runs if memory_of(run)]
+    told = [(run.name, memory_of(run)) for run in runs if memory_of(run)]
     if not told:
         return ""
-    with panels(2, height=1.6 + 0.42 * len(told)) as (figure, (left, right)):
-        kinds = [(f"state_{kind}", label, colour, hatch) for kind, label, colour, hatch in _KINDS]
-        if not any("state_moments" in bytes_ for _, bytes_ in told):
-            kinds = [("optimizer_state", "optimizer state", "#0072B2", "")]
-        _bars(left, told, kinds, "optimizer_state", "optimizer state")
-        rest = [(run, {**b, "rest": b.get("peak_memory", 0) - b.get("optimizer_state", 0)}) for run, b in told]
-        parts = [("optimizer_state", "optimizer state", "#0072B2", ""),
-                 ("rest", "all else: weights, gradients, activations, program", "#bbbbbb", "")]  # fmt: skip
-        _bars(right, rest, parts, "peak_memory", "peak memory")
+    for _, sizes in told:
+        state = sizes.get("optimizer_state", 0.0)
+        sizes["rest"] = max(0.0, sizes.get("peak_memory", state) - state)
+        if "state_moments" not in sizes:  # a run from before they were told apart
+            sizes["undivided"] = state
+    with panels(2, height=2.0 + 0.42 * len(told)) as (figure, (left, right)):
+        _bars(left, told, (*_KINDS, ("undivided", "not divided", "#999999", "")), "optimizer_state", "optimizer state")
+        parts = (("optimizer_state", "optimizer state", "#0072B2", ""),
+                 ("rest", "all else (weights, gradients, activations, program)", "#bbbbbb", ""))  # fmt: skip
+        _bars(right, told, parts, "peak_memory", "peak memory")
         right.set_yticklabels([])
+        for axis, place in ((left, "left"), (right, "right")):
+            figure.legend(*axis.get_legend_handles_labels(), loc=f"outside lower {place}", ncols=4, fontsize=9)
         return saved(figure, png)
 
 
-def _bars(axis: Any, told: Sequence[tuple[Run, dict]], parts: Sequence[tuple], total: str, title: str) -> None:
-    """Stacked horizontal bars with their totals beside them; `total` alone where a run lacks the parts."""
+def _bars(axis: Any, told: Sequence[tuple[str, dict]], parts: Sequence[tuple], total: str, title: str) -> None:
+    """Stacked horizontal bars of those parts that any run has, with the totals beside them."""
     unit, name = byte_unit(max(sizes.get(total, 0.0) for _, sizes in told))
-    starts = [0.0] * len(told)
+    rows, starts = range(len(told)), [0.0] * len(told)
     for key, label, colour, hatch in parts:
-        lone = key == parts[0][0] and len(parts) == 3  # runs without the kinds: their state in grey
         widths = [sizes.get(key, 0.0) / unit for _, sizes in told]
-        axis.barh(
-            range(len(told)),
-            widths,
-            left=starts,
-            label=label,
-            color=colour,
-            hatch=hatch,
-            edgecolor="white",
-            height=0.62,
-        )
-        if lone:
-            missing = [0.0 if key in sizes else sizes.get(total, 0.0) / unit for _, sizes in told]
-            if any(missing):
-                axis.barh(
-                    range(len(told)), missing, label="not divided", color="#999999", edgecolor="white", height=0.62
-                )
+        if any(widths):
+            axis.barh(rows, widths, 0.62, starts, label=label, color=colour, hatch=hatch, edgecolor="white")
         starts = [a + b for a, b in zip(starts, widths, strict=True)]
     for row, (_, sizes) in enumerate(told):
-        text = f" {sizes[total] / unit:,.4g} {name}" if sizes.get(total) else " not recorded"
-        axis.text(sizes.get(total, 0.0) / unit, row, text, va="center", fontsize=9)
-    axis.set(title=f"{title} of the fullest rank", xlabel=name, yticks=range(len(told)))
-    axis.set_yticklabels([short(run.name, 26) for run, _ in told])
-    axis.set_xlim(0, 1.22 * max(sizes.get(total, 0.0) for _, sizes in told) / unit or 1)
+        size = sizes.get(total, 0.0) / unit
+        digits = 2 if size < 10 else 1 if size < 100 else 0
+        text = f" {size:,.{digits}f} {name}" if size else " not recorded"
+        axis.text(starts[row], row, text, va="center", fontsize=9)
+    axis.set(title=f"{title} of the fullest rank", xlabel=name, yticks=rows, xlim=(0, 1.22 * max(starts) or 1))
+    axis.set_yticklabels([short(run, 26) for run, _ in told])
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
-    if len(parts) > 1:
-        axis.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -0.32 * 3.4 / (1.6 + 0.42 * len(told))), ncols=3, fontsize=9
-        )

@@ -24,6 +24,7 @@ from lowrank_ds.report.runs import read_lines
 
 FILE = "scaling.jsonl"
 LEVELS = {"matrix": "matrices", "line": "lines of all matrices"}
+TITLES = {"matrix": "matrices", "line": "their lines"}
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,8 @@ def text(found: Similarity) -> str:
 
 
 def _cells(values: Mapping[str, float]) -> tuple[str, ...]:
-    return (f"{values['spearman']:.4f}", f"{values['spearman_p']:.1e}", f"{values['kendall']:.4f}",
-            f"{values['kendall_p']:.1e}", f"{values['count']:,}")  # fmt: skip
+    p = [f"{values[key]:.1e}" if values[key] != 0 else "< 1e-300" for key in ("spearman_p", "kendall_p")]
+    return f"{values['spearman']:.4f}", p[0], f"{values['kendall']:.4f}", p[1], f"{values['count']:,}"
 
 
 def write(found: Similarity, folder: Path) -> None:
@@ -259,7 +260,7 @@ def _scatter(found: Similarity, png: Path) -> str:
                 axis.scatter(*pair, marker=marker, color=colour, label=which, linewidths=0, rasterized=True, **size)
             _same_scales(axis)
             numbers = found.levels[level]
-            axis.set(title=f"{LEVELS[level]}: Spearman {numbers['spearman']:.3f}, Kendall {numbers['kendall']:.3f}",
+            axis.set(title=f"{TITLES[level]}: Spearman {numbers['spearman']:.3f}, Kendall {numbers['kendall']:.3f}",
                      xlabel="full rank  |D| / |G|", ylabel="low rank  |N| / |R|")  # fmt: skip
         figures.legend(figure, axes[0])
         return figures.saved(figure, png)
