@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -160,7 +162,7 @@ class Elements(HTMLParser):
 
 def all_kinds(folder: Path) -> list[Path]:
     """A good run with diagnostics, a diverged one, an old one, and one that only has arguments."""
-    good = make(folder / "good <b>", GOOD)
+    good = make(folder / "good <i>", GOOD)
     (good / "diagnostics.jsonl").write_text(json.dumps(watched(10, 0.6)) + "\n")
     bad = make(folder / "bad", [train(10, 6.0), valid(10, 400.0), train(20, math.inf)], None, {**ARGUMENTS, "lr": 9.0})
     old = {key: value for key, value in SUMMARY.items() if not key.startswith("state_")}
@@ -177,10 +179,13 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     text = out.read_text()
     found = Elements(text)
     tags = [tag for tag, _ in found.tags]
-    assert tags.count("figure") == 4 and not {"script", "link", "img", "iframe"} & set(tags) and "@import" not in text
+    assert tags.count("figure") == 4 and not {"script", "link", "img", "iframe", "i"} & set(tags)
+    assert "@import" not in text
+    for drawing in re.findall("<svg.*?</svg>", text, re.S):
+        ElementTree.fromstring(drawing)
     links = [v for _, a in found.tags for k, v in a.items() if k in ("href", "src", "xlink:href")]
     assert all(value.startswith("#") for value in links)
-    assert "A & B" in found.text and "good <b>" in found.text and "diverged at step 20" in found.text
+    assert "A & B" in found.text and "good <i>" in found.text and "diverged at step 20" in found.text
     assert "0.01" in found.text and "9.0" in found.text and "4.00 MiB" in found.text and "1 min 40 s" in found.text
     pngs = sorted((tmp_path / "new" / "report").glob("*.png"))
     assert [path.stem for path in pngs] == ["loss", "memory", "perplexity", "subspaces"]

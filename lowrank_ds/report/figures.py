@@ -65,7 +65,7 @@ def saved(figure: Any, png: Path | None) -> str:
     if png is not None:
         figure.savefig(png, dpi=130)
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     head, rest = svg.split(">", 1)
