@@ -118,22 +118,28 @@ def test_diagnostics(tmp_path: Path) -> None:
 
 
 def test_differences(tmp_path: Path) -> None:
-    """Only what differs, what is in force before what was given; nested options by name; paths do not count."""
+    """Only what differs, what is in force before what was given, texts by what is in them; what is unknown is none."""
+    text, other = {"--train-data": {"tokens": 5, "crc32": 7}}, {"update_proj_gap": 200}
+    first = {**ARGUMENTS, "engine": "fsdp2", "train_data": "here", "run": text}
     second = {
-        **ARGUMENTS,
+        **first,
+        "engine": "ddp",
         "lr": None,
         "output": "elsewhere",
-        "optimizer_args": {"update_proj_gap": 200},
-        "run": {"--lr": 0.02},
+        "optimizer_args": other,
+        "train_data": "there",
     }
     runs = read_runs([
-        make(tmp_path / "a", GOOD), make(tmp_path / "b", GOOD, {**SUMMARY, "engine": "ddp"}, second),
-        make(tmp_path / "c", GOOD, None, None),
+        make(tmp_path / "a", GOOD, {**SUMMARY, "world_size": 2}, first),
+        make(tmp_path / "b", GOOD, {**SUMMARY, "world_size": 2}, {**second, "run": {**text, "--lr": 0.02}}),
+        make(tmp_path / "c", GOOD, None, None), make(tmp_path / "open", GOOD, None, first),
     ])  # fmt: skip
     assert differences(runs) == {
-        "engine": ["fsdp2", "ddp", None], "lr": [0.01, 0.02, None], "optimizer_args.update_proj_gap": [50, 200, None],
+        "engine": ["fsdp2", "ddp", None, "fsdp2"], "lr": [0.01, 0.02, None, 0.01],
+        "optimizer_args.update_proj_gap": [50, 200, None, 50],
     }  # fmt: skip
-    assert differences(runs[:1])["rank"] == [8] and differences([runs[0], runs[0]]) == {}
+    assert differences(runs[:1])["rank"] == [8] and differences(runs[:1])["train_data.crc32"] == [7]
+    assert differences([runs[0], runs[0]]) == {}
 
 
 def test_names_tell_runs_apart(tmp_path: Path) -> None:

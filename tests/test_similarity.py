@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from scipy import stats
 from torch import nn
 
 import lowrank_ds
+from launch.watching import watch
 from lowrank_ds import cli, scaling
 from lowrank_ds.report import similarity
 from tests import pretraining, training
@@ -146,6 +148,19 @@ def test_no_effect_and_refusals() -> None:
             lowrank_ds.Diagnostics(training.build(recipe, tiny_llama()), compare_scaling=True)
     with pytest.raises(RuntimeError, match="compare_scaling=True"):
         lowrank_ds.Diagnostics(training.build("fira", tiny_llama())).scaling_factors()
+
+
+def test_a_resumed_run_records_none(tmp_path: Path) -> None:
+    """The full-rank moments are in no checkpoint; AdamW's own are. The flag is named in messages."""
+    model = tiny_llama()
+    args = SimpleNamespace(output=str(tmp_path), scaling_every=2, diagnostics_every=0)
+    ours = SimpleNamespace(optimizer=training.build("fira", model), module=model)
+    with pytest.raises(SystemExit, match="--scaling-every 2: .* goes on from step 3. Leave --scaling-every out"):
+        watch(args, ours, 3)
+    theirs = SimpleNamespace(optimizer=torch.optim.AdamW(model.parameters()), module=model)
+    assert [every for every, _ in watch(args, theirs, 3)] == [2]
+    with pytest.raises(SystemExit, match="--scaling-every 2: .* SGD"):
+        watch(args, SimpleNamespace(optimizer=torch.optim.SGD(model.parameters(), 1.0), module=model), 0)
 
 
 # -- the analysis -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_LEFT_OUT = ("config", "output", "local_rank", "run", "ds_config", "cache_dir", "resume")  # say nothing of the training
+_LEFT_OUT = (  # say nothing of the training
+    "config", "output", "local_rank", "run", "ds_config", "cache_dir", "resume", "log_every", "diagnostics_every",
+    "scaling_every", "save_every", "keep_last", "timeout",
+)  # fmt: skip
+_MEASURED = ("world_size", "device")  # only in summary.json: a run that has none says nothing of them
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,10 @@ class Run:
         )
 
     def settings(self) -> dict[str, Any]:
-        """{name: value} of what decides the training, flat, for comparison; paths and identities left out.
+        """{name: value} of what decides the training, flat, for comparison; outputs and what is logged left out.
 
-        A ds_config's optimizer parameters and flags of the same name come together as the value in force.
+        A ds_config's optimizer parameters and flags of the same name come together as the value in force; model, text
+        and tokenizer are what they are (settings, sizes, checksums) rather than where they lie, if the run recorded it.
         """
         given = {key: value for key, value in self.arguments.items() if key not in _LEFT_OUT}
         told = {key.lstrip("-"): value for key, value in (self.arguments.get("run") or {}).items()}
@@ -80,14 +85,16 @@ class Run:
             in_force["optimizer"] = self.summary["optimizer"]
         flat = _flatten(given | in_force)
         flat |= _flatten(config.get("zero_optimization") or {}, "zero_optimization.")
-        for name in ("world_size", "device", "engine"):
-            flat |= {name: self.summary[name]} if name in self.summary else {}
+        flat |= {name: self.summary[name] for name in _MEASURED if name in self.summary}
+        if "engine" in self.summary:
+            flat.setdefault("engine", self.summary["engine"])
         return flat
 
 
 _IN_FORCE = {
     "optimizer": "optimizer", "optimizer-args": "optimizer_args", "lr": "lr", "rank": "rank", "dtype": "dtype",
-    "batch-size": "batch_size", "gradient-clipping": "gradient_clipping",
+    "batch-size": "batch_size", "gradient-clipping": "gradient_clipping", "model": "model", "tokenizer": "tokenizer",
+    "train-data": "train_data", "valid-data": "valid_data",
 }  # fmt: skip
 
 
@@ -111,8 +118,12 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     rows = {name: [None if settings is None else settings.get(name) for settings in told] for name in names}
     if len(runs) == 1:
         return {name: values for name, values in rows.items() if values != [None]}
-    known = [i for i, settings in enumerate(told) if settings is not None]
-    return {name: values for name, values in rows.items() if any(values[i] != values[known[0]] for i in known)}
+    found = {}
+    for name, values in rows.items():
+        known = [values[i] for i, run in enumerate(runs) if (run.summary if name in _MEASURED else told[i])]
+        if any(value != known[0] for value in known):
+            found[name] = values
+    return found
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
