@@ -77,7 +77,12 @@ def look(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)]}
 
 
-def short(name: str, size: int = 34) -> str:
+def marker_of(index: int, points: int, size: float) -> dict[str, Any]:
+    """The index-th run's marker, on at most 20 of its points."""
+    return {"marker": MARKERS[index % len(MARKERS)], "markersize": size, "markevery": max(1, math.ceil(points / 20))}
+
+
+def short(name: str, size: int = 48) -> str:
     """A name of at most `size` letters, without its middle."""
     half = (size - 1) // 2
     return name if len(name) <= size else f"{name[:half]}…{name[-(size - 1 - half) :]}"
@@ -149,7 +154,7 @@ def curves(runs: Sequence[Run], pick: Callable[[Run], Curve], label: str, png: P
 def _line(axis: Any, x: Sequence[float], y: Sequence[float], index: int, name: str, marked: bool) -> None:
     """One run's curve; a cross where it stops being finite."""
     end = next((i for i, value in enumerate(y) if not math.isfinite(value)), len(y))
-    marker = {"marker": MARKERS[index % len(MARKERS)], "markersize": 5} if marked else {}
+    marker = marker_of(index, len(y), 5) if marked else {}
     axis.plot(_thin(x[: max(end, 1)]), _thin(y[: max(end, 1)]), label=short(name), **look(index), **marker)
     if end < len(y) and end:
         axis.plot(x[end - 1], y[end - 1], "x", color=look(index)["color"], markersize=10, markeredgewidth=2.5)
@@ -198,7 +203,7 @@ def subspaces(runs: Sequence[Run], png: Path | None) -> str:
                 for which, style in ((key, {"label": short(run.name)}), (lowest, {"linewidth": 0.8, "alpha": 0.8})):
                     points = [(step, 100 * numbers[which]) for step, numbers in run.diagnostics if which in numbers]
                     if points:
-                        marker = {"marker": MARKERS[i % len(MARKERS)], "markersize": 4 if which == key else 2}
+                        marker = marker_of(i, min(len(points), POINTS), 4 if which == key else 2)
                         axis.plot(*zip(*_thin(points), strict=True), **{**look(i), **marker, **style})
             axis.set(title=title, xlabel="steps", ylim=(0, None), xlim=(0, 1.03 * last))
             thousands(axis.xaxis)
@@ -268,6 +273,6 @@ def _bars(axis: Any, told: Sequence[tuple[str, dict]], parts: Sequence[tuple], t
         text = f" {size:,.{digits}f} {name}" if size else " not recorded"
         axis.text(starts[row], row, text, va="center", fontsize=9)
     axis.set(title=f"{title} of the fullest rank", xlabel=name, yticks=rows, xlim=(0, 1.22 * max(starts) or 1))
-    axis.set_yticklabels([short(run, 26) for run, _ in told])
+    axis.set_yticklabels([short(run, 36) for run, _ in told])
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
