@@ -65,6 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--diagnostics-every", type=int, default=0, metavar="N", help="write captured energy, overlap of subspaces, "
         "limiter hits and update sizes of each matrix to OUTPUT/diagnostics.jsonl every N steps (default 0: "
         "never)")  # fmt: skip
+    add("--scaling-every", type=int, default=0, metavar="N", help="compare scaling factors with full-rank Adam's, and "
+        "write their means to OUTPUT/scaling.jsonl every N steps, for `lowrank-ds similarity` (default 0: never; it "
+        "takes Adam's memory beside the run's own)")  # fmt: skip
     add("--eval-every", type=int, default=0, help="0: only at the end")
     add("--eval-tokens", type=int, help="use only this many held-out tokens (default: all; 10M with --dataset)")
     add = parser.add_argument_group("checkpoints to go on from").add_argument
@@ -147,8 +150,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("steps", "log_every", "seq_len", "hsdp_shard"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.diagnostics_every < 0:
-        parser.error("--diagnostics-every must be a number of steps, or 0 for never")
+    for name in ("diagnostics", "scaling"):
+        if getattr(args, f"{name}_every") < 0:
+            parser.error(f"--{name}-every must be a number of steps, or 0 for never")
     if args.timeout is not None and not 0 < args.timeout < float("inf"):
         parser.error("--timeout must be a number of seconds > 0")
     if args.save_every < 0 or args.keep_last < 1:

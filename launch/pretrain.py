@@ -35,11 +35,12 @@ from launch.model import build_model, save_model
 from launch.optimizers import torch_optimizer, warmup_cosine
 from launch.options import BatchPlan, load_ds_config, optimizer_overrides, parse
 from launch.processes import Processes, find_processes, limit_waits, timeout_of
-from launch.progress import DIAGNOSTICS, Progress
+from launch.progress import Progress
 from launch.resume import check_run, restore
 from launch.saving import PREEMPTED, PREEMPTED_FILE, Position, Preemption, Saver, check_loss
 from launch.streaming import StreamBatches, held_out_blocks, open_stream
 from launch.tokenizer import load_tokenizer
+from launch.watching import watch
 from lowrank_ds import failures
 from lowrank_ds.checkpoint.rotation import replace_text
 
@@ -147,15 +148,16 @@ def engine_name(args, config: dict | None, world: int) -> str:
 def train(args, trainer, batches, evaluate, progress: Progress, processes: Processes, saver: Saver, at: Position):
     """The training loop, from where `at` is; in the end it is at the last step."""
     preemption, first = Preemption(processes) if saver.every else None, at.step
-    monitor = watch_subspaces(args, trainer.optimizer)
+    watchers = watch(args, trainer, first)
     while at.step < args.steps:
         lr = trainer.lr()
         at.loss, at.since = at.loss + trainer.train_step(batches.at(at.step)), at.since + 1
         at.step += 1
         if at.step == first + 1:  # some groups are made in the first step
             limit_waits(args.timeout)
-        if monitor is not None and (at.step % args.diagnostics_every == 0 or at.step == args.steps):
-            monitor.jsonl(Path(args.output) / DIAGNOSTICS, at.step)
+        for every, write in watchers:
+            if at.step % every == 0 or at.step == args.steps:
+                write(at.step)
         if at.step % args.log_every == 0 or at.step == args.steps:
             trainer.watch.settle()
             mean = processes.mean(at.loss / at.since)
@@ -183,16 +185,6 @@ def stop_early(args, signal_number: int, step: int, saver: Saver, saved: bool, p
     raise SystemExit(PREEMPTED)
 
 
-def watch_subspaces(args, optimizer: torch.optim.Optimizer) -> lowrank_ds.Diagnostics | None:
-    """What --diagnostics-every asks for."""
-    if not args.diagnostics_every:
-        return None
-    try:
-        return lowrank_ds.Diagnostics(optimizer)
-    except (TypeError, ValueError) as error:
-        raise SystemExit(f"--diagnostics-every {args.diagnostics_every}: {error}") from None
-
-
 def summarise(args, config: dict | None, trainer, plan: BatchPlan, processes: Processes) -> dict:
     """Facts of the run beside its perplexity; every process must call it."""
     params = trainer.optimizer.defaults
@@ -214,12 +206,19 @@ def summarise(args, config: dict | None, trainer, plan: BatchPlan, processes: Pr
         "batch_size": plan.total,
         "seq_len": args.seq_len,
         "optimizer_state_bytes_per_rank": processes.gather(trainer.state_bytes()),
+        **state_kinds(trainer, processes),
         "peak_memory_bytes_per_rank": processes.gather(peak),
         **trainer.watch.report(),
         "world_size": processes.world,
         "device": torch.cuda.get_device_name() if on_gpu else f"cpu ({platform.machine()})",
         "versions": versions(),
     }
+
+
+def state_kinds(trainer, processes: Processes) -> dict[str, list[int]]:
+    """{"state_moments_bytes_per_rank": ..., "state_projectors...", "state_other..."}: the state by what it is for."""
+    own = lowrank_ds.state_bytes_by_kind(trainer.optimizer)
+    return {f"state_{kind}_bytes_per_rank": processes.gather(own[kind]) for kind in own}
 
 
 def versions() -> dict[str, str]:
