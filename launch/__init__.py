@@ -1,4 +1,4 @@
-"""Pre-training programs around lowrank_ds: data, models, evaluation, reports. The package itself needs none of it."""
+"""Training and evaluation programs around lowrank_ds: data, models, evaluation, reports. The package itself needs none of it."""
 
 import os
 
