@@ -17,7 +17,9 @@ Batch = Tensor | dict[str, Tensor]
 def model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """What the model is called with, on the device; batch: ids [rows, length] or a dict of these."""
     given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-    return {k: v.to(device, non_blocking=True) for k, v in given.items() if k not in ("labels", "items")}
+    inputs = {k: v.to(device, non_blocking=True) for k, v in given.items() if k not in ("labels", "items")}
+    # With a cache transformers does not look at where positions begin again: packed examples would see each other.
+    return inputs | {"use_cache": False} if "position_ids" in inputs else inputs
 
 
 def forward_loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:

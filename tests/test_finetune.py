@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from launch.examples import InstructionBatches, collate, encode, load_examples, pack
 from launch.finetune_options import count_steps, parse
-from launch.losses import IGNORED, forward_loss, token_losses
+from launch.losses import IGNORED, forward_loss, model_inputs, token_losses
 from launch.options import BatchPlan
 from launch.records import RecordError, prompt_of, read_records, segments_of
 from launch.tokenizer import load_tokenizer
@@ -157,7 +157,7 @@ def test_chat_counts_every_turn_of_the_assistant(tokenizer: Any) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_examples_do_not_see_each_other(data: Path, tokenizer: Any, model: Any, attention: str) -> None:
     """The loss of each token is that of its example alone, padded or packed."""
-    examples = examples_of(data, tokenizer)[:7]
+    examples = examples_of(data, tokenizer, template="plain")[:7]
     rows = pack(examples, 256, seed=1)
     assert sorted(n for row in rows for n in row) == list(range(7)) and len(rows) < 7
     model.set_attn_implementation(attention)
@@ -171,8 +171,7 @@ def test_packed_examples_do_not_see_each_other(data: Path, tokenizer: Any, model
 
 def model_losses(model: Any, batch: dict) -> torch.Tensor:
     """[rows, length - 1] losses."""
-    given = {name: value for name, value in batch.items() if name != "labels"}
-    return token_losses(model.eval()(**given).logits, batch["labels"]).double()
+    return token_losses(model.eval()(**model_inputs(batch, CPU)).logits, batch["labels"]).double()
 
 
 def test_every_trained_token_weighs_the_same(data: Path, tokenizer: Any, model: Any) -> None:
@@ -240,7 +239,7 @@ LORAFA = ("--method", "lorafa", "--lora-rank", 6, "--lora-alpha", 12, "--lora-dr
 
 def test_full_fine_tuning(data: Path, tmp_path: Path) -> None:
     """Packed, two processes under FSDP2 against one; resumed, bit for bit; the best model is kept."""
-    more = (*FIRA, "--packing", "--batch-size", 4, "--micro-batch", 1, "--eval-every", 1, "--keep", "best")
+    more = (*FIRA, "--packing", "--template", "plain", "--batch-size", 4, "--micro-batch", 1, "--eval-every", 1, "--keep", "best")
     printed = run(data, tmp_path / "one", 1, *more, "--save-every", 2)
     assert "--train-data: 90 examples" in printed and "FiraAdamW" in printed
     run(data, tmp_path / "two", 2, *more, "--engine", "fsdp2")
