@@ -1,4 +1,4 @@
-"""Training and evaluation programs around lowrank_ds: data, models, evaluation, reports. The package itself needs none of it."""
+"""Programs around lowrank_ds: data, models, training, evaluation. The package itself needs none of it."""
 
 import os
 

@@ -38,7 +38,9 @@ def record(task: str, right: int) -> dict[str, str]:
     question, options = ASKED[task]
     names = [option.split(":")[0].lower() for option in options] or ["true", "false"]
     format_ = f"Answer format: {'/'.join(names)}"
-    instruction = "\n\n".join([question.format(HINTS[right]), *([" ".join(options)] if options else []), format_])
+    instruction = "\n\n".join(
+        [question.format(" ".join([HINTS[right]] * 8)), *([" ".join(options)] if options else []), format_]
+    )
     return {
         "instruction": instruction,
         "input": "",
@@ -66,7 +68,9 @@ def prepare(folder: Path) -> Path:
     everything = [record(task, right) for task in ASKED for right in range(options_of(task))]
     texts = [prompt_of("", r, "llm-adapters") + r["output"] for r in everything]
     train_tokenizer(texts, 330, folder / "tokenizer")
-    (folder / "train.json").write_text(json.dumps([everything[i] for i in random.integers(0, len(everything), 90)]))
+    (folder / "train.json").write_text(
+        json.dumps([everything[i] for i in random.permutation(4 * len(everything)) % len(everything)])
+    )
     for task in ASKED:
         (folder / "dataset" / task).mkdir(parents=True)
         rows = [record(task, int(right)) for right in random.integers(0, options_of(task), 5)]

@@ -28,7 +28,24 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tokenizer, model, records, and `tuned`: the model fine-tuned on them for some seconds."""
     folder = commonsense.prepare(tmp_path_factory.mktemp("data") / "commonsense")
     flags = commonsense.flags(
-        folder, folder / "run", "--optimizer", "AdamW", "--steps", 60, "--batch-size", 16, "--micro-batch", 16
+        folder,
+        folder / "run",
+        "--optimizer",
+        "AdamW",
+        "--steps",
+        60,
+        "--batch-size",
+        16,
+        "--micro-batch",
+        16,
+        "--lr",
+        0.015,
+        "--template",
+        "plain",
+        "--log-every",
+        20,
+        "--seed",
+        1,
     )
     codes, printed = pretraining.run(1, flags, folder / "log", program="finetune")
     assert codes == [0], printed[-3000:]
@@ -102,19 +119,22 @@ def test_likelihood_is_the_sum_over_the_answers_tokens(data: Path) -> None:
 
 def test_commonsense(data: Path, tmp_path: Path) -> None:
     """The tuned model answers rightly, the untrained one does not; two processes say what one does."""
-    base = (data / "run" / "model", "--data", data / "dataset", "--batch-size", 6)
+    asked = ("--data", data / "dataset", "--template", "plain", "--batch-size", 6)
+    base = (data / "run" / "model", *asked)
     one, printed = evaluated(1, tmp_path / "one.json", *base, "--predictions", tmp_path / "one.jsonl")
     two, _ = evaluated(2, tmp_path / "two.json", *base, "--predictions", tmp_path / "two.jsonl")
     assert one["commonsense"] == two["commonsense"] and set(one["commonsense"]) == set(TASKS)
     assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
-    wild, _ = evaluated(1, tmp_path / "wild.json", data / "model", "--data", data / "dataset")
+    wild, _ = evaluated(1, tmp_path / "wild.json", data / "model", *asked)
     print("\n" + printed, f"untrained: {wild['average']:.2f}")
-    assert one["average"] > 0.9 > 0.7 > wild["average"]
+    easy = ("boolq", "piqa", "winogrande")
+    assert all(one["commonsense"][task]["accuracy"] == 1 for task in easy)
+    assert one["average"] > 0.7 > 0.5 > wild["average"]
     assert "average" in printed and "ARC-Challenge" in printed
-    written, _ = evaluated(2, tmp_path / "gen.json", *base, "--scoring", "generation", "--tasks", "boolq", "hellaswag",
-                           "--beams", 2, "--new-tokens", 16)  # fmt: skip
+    written, _ = evaluated(2, tmp_path / "gen.json", *base, "--scoring", "generation", "--tasks", "boolq", "winogrande",
+                           "--beams", 2, "--new-tokens", 24)  # fmt: skip
     found = written["commonsense"]
-    assert set(found) == {"boolq", "hellaswag"} and written["average"] > 0.9
+    assert set(found) == {"boolq", "winogrande"} and written["average"] == 1
     assert all(task["unanswered"] == 0 for task in found.values())
 
 
