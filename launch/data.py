@@ -26,7 +26,7 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 DOCUMENTS_PER_CALL = 64  # tokenised together: the Rust tokenizer works on them in parallel
 
 
-def find_files(patterns: list[str], flag: str) -> list[Path]:
+def find_files(patterns: list[str], flag: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     """Files named by paths, directories or globs, sorted; an empty result is an error that names the flag."""
     found: set[Path] = set()
     for pattern in patterns:
@@ -35,9 +35,9 @@ def find_files(patterns: list[str], flag: str) -> list[Path]:
             found.update(child for child in match.rglob("*") if child.is_file()) if match.is_dir() else found.add(match)
         if not matches:
             raise SystemExit(f"{flag} {pattern}: no such file or directory")
-    files = sorted(path for path in found if path.name.endswith(SUFFIXES))
+    files = sorted(path for path in found if path.name.endswith(suffixes))
     if not files:
-        raise SystemExit(f"{flag} {' '.join(patterns)}: nothing ends in {', '.join(SUFFIXES)}")
+        raise SystemExit(f"{flag} {' '.join(patterns)}: nothing ends in {', '.join(suffixes)}")
     return files
 
 
@@ -76,8 +76,7 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
 
 def tokenise(documents: Iterator[str], tokenizer) -> Iterator[list[int]]:
     """Ids of each document, between the tokenizer's beginning- and end-of-text marks where it has them."""
-    before = [] if tokenizer.bos_token_id in (None, tokenizer.eos_token_id) else [tokenizer.bos_token_id]
-    after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    before, after = marks(tokenizer)
     group: list[str] = []
 
     def flush() -> Iterator[list[int]]:
@@ -91,6 +90,12 @@ def tokenise(documents: Iterator[str], tokenizer) -> Iterator[list[int]]:
         if len(group) == DOCUMENTS_PER_CALL:
             yield from flush()
     yield from flush()
+
+
+def marks(tokenizer) -> tuple[list[int], list[int]]:
+    """Ids written before and after each text: none or one."""
+    before = [] if tokenizer.bos_token_id in (None, tokenizer.eos_token_id) else [tokenizer.bos_token_id]
+    return before, [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
 def token_cache(files: list[Path], tokenizer, text_key: str, cache_dir: str) -> np.ndarray:

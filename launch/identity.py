@@ -9,11 +9,11 @@ from launch.tokenizer import fingerprint
 _OF_THE_FILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
-def describe_run(args, config: dict | None, plan: BatchPlan, tokenizer, data: dict, held_out: dict) -> dict:
+def describe_run(args, config: dict | None, plan: BatchPlan, tokenizer, text: dict) -> dict:
     """{flag: value} of what a resumed run must have in common with the one that saved.
 
     Free to change: engine, number of processes, micro-batch, activation checkpointing, where files lie, --log-every,
-    --eval-every and --save-every. data, held_out: fingerprints of the text.
+    --eval-every and --save-every. text: {flag: value} of the data, such as its fingerprint.
     """
     section = config["optimizer"] if config else {"type": args.optimizer, "params": optimizer_overrides(args)}
     options = {key: value for key, value in section["params"].items() if key not in ("lr", "rank", "layerwise")}
@@ -23,8 +23,7 @@ def describe_run(args, config: dict | None, plan: BatchPlan, tokenizer, data: di
     run = {
         "--model": {key: value for key, value in model.items() if key not in _OF_THE_FILE},
         "--tokenizer": fingerprint(tokenizer),
-        "--dataset" if args.dataset else "--train-data": data,
-        "--valid-split" if args.dataset else "--valid-data": held_out,
+        **text,
         "--seq-len": args.seq_len,
         "--optimizer": section["type"],
         "--optimizer-args": options,

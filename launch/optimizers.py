@@ -59,6 +59,8 @@ def torch_optimizer(
         if not isinstance(getattr(torch.optim, name, None), type):
             raise SystemExit(f"--optimizer {name}: neither lowrank_ds nor torch.optim has it")
         return _construct(getattr(torch.optim, name), weight_groups(model, embed_lr, ends), options)
+    if low_rank is lowrank_ds.LoRAFA:
+        return _construct(low_rank, lowrank_ds.lorafa_groups(model), options)
     if low_rank.OPTIONS["rank"] is None:  # Lomo and AdaLomo train every weight whole, and say so if asked to project
         return _construct(low_rank, _named_groups(model, embed_lr, ends), options)
     selection = {key: options.pop(key) for key in ("rank", "target_modules") if key in options}

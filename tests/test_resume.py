@@ -244,7 +244,9 @@ def described(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
     from launch.tokenizer import load_tokenizer
 
     text = fingerprint_blocks(np.arange(64).reshape(8, 8))
-    return args, describe_run(args, config, plan, load_tokenizer(args.tokenizer), text, text)
+    return args, describe_run(
+        args, config, plan, load_tokenizer(args.tokenizer), {"--train-data": text, "--valid-data": text}
+    )
 
 
 CHANGES = {
