@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -99,33 +100,39 @@ def marks(tokenizer) -> tuple[list[int], list[int]]:
 
 
 def token_cache(files: list[Path], tokenizer, text_key: str, cache_dir: str) -> np.ndarray:
-    """Memory-mapped ids of all documents of `files`, in file order; built once, by whichever process comes first.
+    """Memory-mapped ids of all documents of `files`, in file order; see `built_once`."""
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+
+    def write(out: BinaryIO) -> None:
+        documents = (document for path in files for document in read_documents(path, text_key))
+        out.writelines(np.asarray(ids, dtype=dtype).tobytes() for ids in tokenise(documents, tokenizer))
+        if not out.tell():
+            raise SystemExit(f"{', '.join(map(str, files))}: no text in there")
+
+    target = built_once(cache_dir, files, [CACHE_FORMAT, text_key, fingerprint(tokenizer)], "tokens", write)
+    return np.memmap(target, dtype=dtype, mode="r")
+
+
+def built_once(cache_dir: str, files: list[Path], key: list, suffix: str, write: Callable[[BinaryIO], None]) -> Path:
+    """The cache of `files` under `key` (for JSON); built once, by whichever process of those that see it comes first.
 
     A file lock, not a barrier, makes the others wait: it cannot time out, and the kernel drops it if the builder dies.
     """
     directory = Path(cache_dir)
     directory.mkdir(parents=True, exist_ok=True)
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    key_parts = json.dumps([CACHE_FORMAT, stats, text_key, fingerprint(tokenizer)])
-    target = directory / f"{hashlib.sha256(key_parts.encode()).hexdigest()[:24]}.tokens"
-    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    name = hashlib.sha256(json.dumps([stats, *key]).encode()).hexdigest()[:24]
+    target = directory / f"{name}.{suffix}"
     with open(target.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            _write_tokens(target, files, tokenizer, text_key, dtype)
-    return np.memmap(target, dtype=dtype, mode="r")
-
-
-def _write_tokens(target: Path, files: list[Path], tokenizer, text_key: str, dtype: type) -> None:
-    partial = target.with_suffix(".partial")
-    with open(partial, "wb") as out:
-        documents = (document for path in files for document in read_documents(path, text_key))
-        out.writelines(np.asarray(ids, dtype=dtype).tobytes() for ids in tokenise(documents, tokenizer))
-        if not out.tell():
-            raise SystemExit(f"{', '.join(map(str, files))}: no text in there")
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(partial, target)  # a cache exists only when it is complete
+            partial = target.with_suffix(".partial")
+            with open(partial, "wb") as out:
+                write(out)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(partial, target)  # a cache exists only when it is complete
+    return target
 
 
 def cut_blocks(tokens: np.ndarray, length: int, flag: str, limit: int | None = None) -> np.ndarray:

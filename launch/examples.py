@@ -4,15 +4,18 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 
-from launch.data import BlockOrder, marks
+from launch.data import BlockOrder, built_once, marks
 from launch.losses import IGNORED, Batch
 from launch.options import BatchPlan
-from launch.records import Segments, read_records, segments_of
+from launch.records import TEMPLATES, Segments, read_records, segments_of
+from launch.tokenizer import fingerprint
 
+CACHE_FORMAT = 1
 TOGETHER = 1000  # texts tokenised in one call
 NO_END = ("messages",)  # records whose template writes its own end of text
 
@@ -75,6 +78,25 @@ def load_examples(files: list[Path], tokenizer, template: str, limit: int, train
     if not loaded.examples:
         raise SystemExit(f"{', '.join(map(str, files))}: no example with an answer within --seq-len {limit}")
     return loaded
+
+
+def cached_examples(
+    files: list[Path], tokenizer, template: str, limit: int, train_on_inputs: bool, cache_dir: str
+) -> Loaded:
+    """`load_examples`, done by one process of those that see `cache_dir`; the others read what it wrote."""
+
+    def write(out: BinaryIO) -> None:
+        loaded = load_examples(files, tokenizer, template, limit, train_on_inputs)
+        parts = {name: np.concatenate([getattr(e, name) for e in loaded.examples]) for name in ("ids", "labels")}
+        sizes = np.array([len(e.ids) for e in loaded.examples])
+        np.savez(out, **parts, sizes=sizes, counts=np.array([loaded.cut, loaded.dropped]))
+
+    texts = [tokenizer.chat_template, TEMPLATES[template], fingerprint(tokenizer), *marks(tokenizer)]
+    key = [CACHE_FORMAT, limit, train_on_inputs, *texts]
+    with np.load(built_once(cache_dir, files, key, "examples", write)) as found:
+        ends = np.cumsum(found["sizes"])[:-1]
+        rows = zip(np.split(found["ids"], ends), np.split(found["labels"], ends), strict=True)
+        return Loaded([Example(ids, labels) for ids, labels in rows], *found["counts"].tolist())
 
 
 def encode(

@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.data import find_files
 from launch.evaluation import row_losses
-from launch.examples import Example, InstructionBatches, collate, fingerprint_examples, load_examples
+from launch.examples import Example, InstructionBatches, cached_examples, collate, fingerprint_examples
 from launch.finetune_options import FOR_LORA, count_steps, parse
 from launch.identity import describe_run
 from launch.lora import add_adapters, save_merged
@@ -36,7 +36,8 @@ def load_data(args, tokenizer, is_main: bool) -> tuple[list[Example], list[Examp
 
     def examples(patterns: list[str], flag: str) -> list[Example]:
         files = find_files(patterns, flag, SUFFIXES)
-        loaded = load_examples(files, tokenizer, args.template, args.seq_len, args.train_on_inputs)
+        how = args.template, args.seq_len, args.train_on_inputs
+        loaded = cached_examples(files, tokenizer, *how, args.cache_dir)
         if is_main:
             print(loaded.told(flag, args.seq_len), flush=True)
         return loaded.examples

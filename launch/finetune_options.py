@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         "whose answer is lost are left out, and both are counted (default 256)")  # fmt: skip
     add("--packing", action="store_true", help="several examples in a row of --seq-len tokens, which do not see each "
         "other; --batch-size then counts rows")  # fmt: skip
+    add("--cache-dir", default=".cache/examples", help="where tokenised records are kept (default .cache/examples)")
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="full", help="full: every weight; lora: PEFT's LoRA with any optimizer; "
         "lorafa: LoRA whose A is frozen, by the optimizer LoRAFA (docs/lora_fa.md)")  # fmt: skip

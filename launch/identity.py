@@ -6,6 +6,7 @@ from launch.model import read_config
 from launch.options import BatchPlan, optimizer_overrides
 from launch.tokenizer import fingerprint
 
+_BEFORE = {"--schedule": "cosine"}  # flags that came later, and what runs did that do not name them
 _OF_THE_FILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
@@ -37,6 +38,7 @@ def describe_run(args, config: dict | None, plan: BatchPlan, tokenizer, text: di
         "--steps": args.steps,
         "--batch-size": plan.total,
         "--warmup-steps": args.warmup_steps,
+        "--schedule": args.schedule,
         "--min-lr-ratio": args.min_lr_ratio,
         "--deepspeed_config's scheduler": (config or {}).get("scheduler"),
         "--seed": args.seed,
@@ -52,6 +54,7 @@ def dtype_name(args, config: dict | None) -> str:
 
 
 def compare(place: str, saved: dict, run: dict) -> None:
+    saved = _BEFORE | saved
     different = [
         f"{flag} is {_short(now)} here and {_short(before)} there"
         for flag in {**saved, **run}

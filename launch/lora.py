@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import lowrank_ds
 from launch.model import save_model
+from lowrank_ds.params import canonical
 
 ADAPTER = "default"  # PEFT's name of the first adapter
 _PREFIX = "base_model.model."  # of PEFT's names
@@ -53,9 +54,10 @@ def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
 def merged(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """State dict of the base model with W + s B A in place of W, in W's dtype.
 
-    model: as PEFT made it. weights: whole ones by PEFT's names, on the CPU, as an engine gathered them.
+    model: as PEFT made it; FSDP1 wraps parts of it. weights: whole ones by PEFT's names, on the CPU, as an engine
+    gathered them.
     """
-    scalings = {name: layer.scaling[ADAPTER] for name, layer in lora_layers(model).items()}
+    scalings = {canonical(name): layer.scaling[ADAPTER] for name, layer in lora_layers(model).items()}
     result = {}
     for name, value in weights.items():
         if ".lora_" in name:

@@ -10,15 +10,17 @@ import lowrank_ds  # makes the optimizers known by name to torch.optim and DeepS
 from launch.model import full_shape
 from lowrank_ds.params import canonical
 
+FALLS = {"cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)), "linear": lambda done: 1 - done}
 
-def warmup_cosine(steps: int, warmup: int, floor: float) -> Callable[[int], float]:
-    """Factor on the learning rate at a 0-based step: linear up to 1, then half a cosine down to `floor`."""
+
+def warmup_then(fall: str, steps: int, warmup: int, floor: float) -> Callable[[int], float]:
+    """Factor on the learning rate at a 0-based step: linear up to 1, then down to `floor` as FALLS[fall] does."""
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
         done = min(1.0, (step - warmup) / max(1, steps - warmup))
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+        return floor + (1 - floor) * FALLS[fall](done)
 
     return factor
 

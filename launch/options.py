@@ -10,6 +10,7 @@ from launch.flags_file import flags_of
 
 ENGINES = ("ddp", "fsdp1", "fsdp2", "hsdp", "deepspeed")
 CLIPS = ("two_pass", "previous", "per_tensor")
+FLOORS = {"cosine": 0.1, "linear": 0.0}  # --schedule, and where it ends unless --min-lr-ratio says so
 SUMS = ("compress_accumulation", "accumulation_compression_rank")
 
 
@@ -68,8 +69,11 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, help="optimizer steps")
     add("--batch-size", type=int, help="sequences per optimizer step, over all processes")
     add("--micro-batch", type=int, help="sequences per process and forward pass; the rest is gradient accumulation")
-    add("--warmup-steps", type=int, help="linear warm-up (default: a tenth of --steps), then cosine")
-    add("--min-lr-ratio", type=float, default=0.1, help="the cosine ends at this fraction of the learning rate")
+    add("--warmup-steps", type=int, help="linear warm-up (default: a tenth of --steps), then --schedule")
+    add("--schedule", choices=sorted(FLOORS), default="cosine", help="how the learning rate falls after the warm-up "
+        "(default cosine; published fine-tuning is linear)")  # fmt: skip
+    add("--min-lr-ratio", type=float, help="the schedule ends at this fraction of the learning rate (default: 0.1 with "
+        "cosine, 0 with linear)")  # fmt: skip
     add("--seed", type=int, default=0, help="of initial weights and data order")
 
     add = parser.add_argument_group("output").add_argument
@@ -176,6 +180,9 @@ def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespa
     for name in ("steps", "log_every", "seq_len", "hsdp_shard"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    args.min_lr_ratio = FLOORS[args.schedule] if args.min_lr_ratio is None else args.min_lr_ratio
+    if not 0 <= args.min_lr_ratio <= 1:
+        parser.error("--min-lr-ratio must be in [0, 1]")
     for name in ("diagnostics", "scaling"):
         if getattr(args, f"{name}_every") < 0:
             parser.error(f"--{name}-every must be a number of steps, or 0 for never")

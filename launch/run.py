@@ -16,7 +16,7 @@ import torch.distributed as dist
 import lowrank_ds
 from launch.build import ModelOf, build_deepspeed, build_torch, engine_name, plan_batches
 from launch.engines import Trainer
-from launch.optimizers import warmup_cosine
+from launch.optimizers import warmup_then
 from launch.options import BatchPlan, load_ds_config, optimizer_overrides
 from launch.processes import Processes, find_processes, limit_waits
 from launch.progress import Progress
@@ -75,7 +75,9 @@ def execute(args, job: Job, work: Work) -> None:
         if processes.is_main:
             print(f"{output}: this run is finished; nothing to do")
         return
-    factor = warmup_cosine(args.steps, args.warmup_steps, args.min_lr_ratio)
+    factor = warmup_then(args.schedule, args.steps, args.warmup_steps, args.min_lr_ratio)
+    if args.resume == "auto" and not args.save_every and processes.is_main:
+        print("WARNING: --resume auto without --save-every N: this run saves nothing to go on from", flush=True)
     if config:
         trainer = build_deepspeed(args, config, work.model_of, factor, processes)
     else:

@@ -138,6 +138,29 @@ def test_commonsense(data: Path, tmp_path: Path) -> None:
     assert all(task["unanswered"] == 0 for task in found.values())
 
 
+def test_adapter(data: Path, tmp_path: Path) -> None:
+    """The same answers, and likelihoods within rounding, as the model into which it was merged."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(data / "model"), LoraConfig(r=4, lora_alpha=8))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    load_tokenizer(str(data / "model")).save_pretrained(tmp_path / "merged")
+    details = []
+    asked = ("--data", data / "dataset", "--tasks", "piqa", "--predictions")
+    for name, given in {"merged": (tmp_path / "merged",), "adapter": (data / "model", "--adapter", tmp_path / "adapter"),
+                        "without": (data / "model",)}.items():  # fmt: skip
+        evaluated(1, tmp_path / f"{name}.json", *given, *asked, tmp_path / f"{name}.jsonl")
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        details.append(torch.tensor([[row["detail"][o] for o in TASKS["piqa"]] for row in rows]))
+    torch.testing.assert_close(details[1], details[0], rtol=1e-5, atol=1e-5)
+    assert (details[2] - details[0]).abs().max() > 0.1
+
+
 def test_perplexity_of_text(data: Path, tmp_path: Path) -> None:
     """Against a plain sum; two processes give the same bits."""
     texts = [commonsense.record("piqa", i % 2)["instruction"] for i in range(40)]

@@ -12,9 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch.examples import InstructionBatches, collate, encode, load_examples, pack
+from launch.examples import (
+    InstructionBatches,
+    cached_examples,
+    collate,
+    encode,
+    fingerprint_examples,
+    load_examples,
+    pack,
+)
 from launch.finetune_options import count_steps, parse
 from launch.losses import IGNORED, forward_loss, model_inputs, token_losses
+from launch.optimizers import warmup_then
 from launch.options import BatchPlan
 from launch.records import RecordError, prompt_of, read_records, segments_of
 from launch.tokenizer import load_tokenizer
@@ -110,6 +119,28 @@ def test_all_file_forms_hold_the_same(tmp_path: Path) -> None:
         assert [record for _, record in read_records(path)] == rows, path
 
 
+def test_records_are_tokenised_once(data: Path, tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """The same examples from the cache; what decides them decides its name; a bad record leaves none."""
+    files, how = [data / "train.json"], ("llm-adapters", 200, False)
+    cache = str(tmp_path / "cache")
+    first = cached_examples(files, tokenizer, *how, cache)
+    monkeypatch.setattr("launch.examples.encode", None)
+    again, plain = cached_examples(files, tokenizer, *how, cache), load_examples
+    assert (again.cut, again.dropped) == (first.cut, first.dropped) and first.cut and first.dropped
+    assert fingerprint_examples(again.examples) == fingerprint_examples(first.examples)
+    monkeypatch.undo()
+    assert fingerprint_examples(first.examples) == fingerprint_examples(plain(files, tokenizer, *how).examples)
+    tokenizer.chat_template = "a"
+    for other in (("plain", 200, False), ("llm-adapters", 190, False), ("llm-adapters", 200, True), how):
+        cached_examples(files, tokenizer, *other, cache)
+    tokenizer.chat_template = commonsense.CHAT
+    (tmp_path / "bad.json").write_text('[{"instruction": "a"}]')
+    for _ in range(2):
+        with pytest.raises(RecordError, match="has no key 'output'"):
+            cached_examples([tmp_path / "bad.json"], tokenizer, *how, cache)
+    assert len(list(Path(cache).glob("*.examples"))) == 5
+
+
 # --- which tokens count ----------------------------------------------
 def counted(
     tokenizer: Any, segments: list, limit: int = 256, inputs: bool = False, ends: bool = True
@@ -199,6 +230,7 @@ WRONG = {
     "--steps 3 --method lora --optimizer AdamW --embed-lr 1": "trains adapters only",
     "--steps 3 --keep best --optimizer AdamW": "--keep best needs --eval-every",
     "--steps 3 --valid-size 0": "--valid-size is a number of records",
+    "--steps 3 --min-lr-ratio 2 --optimizer AdamW": "--min-lr-ratio must be in [0, 1]",
     "--steps 3 --log-every 0 --optimizer AdamW": "--log-every must be at least 1",
 }
 
@@ -219,6 +251,31 @@ def test_epochs() -> None:
     assert (args.steps, args.warmup_steps) == (32, 3)
 
 
+def test_linear_schedule_is_transformers() -> None:
+    """From the end of the warm-up on; --min-lr-ratio lifts its end."""
+    from transformers import get_linear_schedule_with_warmup
+
+    theirs = get_linear_schedule_with_warmup(torch.optim.SGD([torch.zeros(1)], lr=1.0), 3, 20).lr_lambdas[0]
+    ours = warmup_then("linear", 20, 3, 0.0)
+    assert [ours(step) for step in range(3, 21)] == pytest.approx([theirs(step) for step in range(3, 21)])
+    assert [ours(step) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1])
+    given = [
+        "--model",
+        "m",
+        "--train-data",
+        "t",
+        "--output",
+        "/nonexistent/run",
+        "--optimizer",
+        "AdamW",
+        "--steps",
+        "9",
+    ]
+    assert [parse([*given, *more]).min_lr_ratio for more in ([], ["--schedule", "linear"])] == [0.1, 0.0]
+    lifted = parse([*given, "--schedule", "linear", "--min-lr-ratio", "0.2"])
+    assert warmup_then(lifted.schedule, 20, 3, lifted.min_lr_ratio)(20) == pytest.approx(0.2)
+
+
 # --- runs ------------------------------------------------------------
 def run(data: Path, output: Path, world: int, *more: Any, code: int = 0) -> str:
     """What finetune.py printed."""
@@ -237,17 +294,32 @@ FIRA = ("--optimizer", "FiraAdamW", "--rank", 8, "--optimizer-args", '{"update_p
 LORAFA = ("--method", "lorafa", "--lora-rank", 6, "--lora-alpha", 12, "--lora-dropout", 0)
 
 
+def zero(data: Path, stage: int, optimizer: str) -> Path:
+    """A ds_config with this optimizer, whose parameters the command line gives."""
+    config = json.loads((pretraining.ROOT / "ds_configs" / f"zero{stage}_fira.json").read_text())
+    config["optimizer"] = {"type": optimizer, "params": {}}
+    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+    path = data / f"zero{stage}_{optimizer}.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
 def test_full_fine_tuning(data: Path, tmp_path: Path) -> None:
-    """Packed, two processes under FSDP2 against one; resumed, bit for bit; the best model is kept."""
-    more = (*FIRA, "--packing", "--template", "plain", "--batch-size", 4, "--micro-batch", 1, "--eval-every", 1)
-    more = (*more, "--keep", "best")
-    printed = run(data, tmp_path / "one", 1, *more, "--save-every", 2)
+    """Packed, two processes under each engine against one; resumed, bit for bit; the best model is kept."""
+    plain = ("--packing", "--template", "plain", "--batch-size", 4, "--micro-batch", 1, "--schedule", "linear")
+    more = (*FIRA, *plain, "--eval-every", 1, "--keep", "best")
+    printed = run(data, tmp_path / "one", 1, *more, "--save-every", 2, "--scaling-every", 2)
     assert "--train-data: 100 examples" in printed and "FiraAdamW" in printed
-    run(data, tmp_path / "two", 2, *more, "--engine", "fsdp2")
     moved = largest_difference(weights(tmp_path / "one"), load_file(data / "model" / "model.safetensors"))
-    apart = largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two"))
-    print(f"\npacked, FSDP2 x 2 against one process: {apart:.1e} (moved by {moved:.2g})")
-    assert moved > 0.01 and apart < 2e-5
+    for engine in ("fsdp2", "fsdp1", "hsdp", "layerwise", "zero1", "zero3-layerwise"):
+        own = pretraining.ENGINES[engine]
+        if own[0] == "--deepspeed_config":
+            own = (own[0], zero(data, int(engine[4]), "FiraAdamW"), *own[2:])
+        optimizer = FIRA[2:] if engine.startswith("zero") else FIRA
+        run(data, tmp_path / engine, 2, *optimizer, *plain, *own)
+        apart = largest_difference(weights(tmp_path / "one"), weights(tmp_path / engine))
+        print(f"\npacked, {engine} x 2 against one process: {apart:.1e} (moved by {moved:.2g})")
+        assert moved > 0.01 and apart < 2e-5, engine
     run(data, tmp_path / "again", 1, *more, "--save-every", 2,
         "--resume", tmp_path / "one" / "checkpoints" / "step-00000002")  # fmt: skip
     first, again = weights(tmp_path / "one"), weights(tmp_path / "again")
@@ -256,31 +328,38 @@ def test_full_fine_tuning(data: Path, tmp_path: Path) -> None:
     found = [r["perplexity"] for r in records if r["kind"] == "valid"]
     summary = json.loads((tmp_path / "one" / "summary.json").read_text())
     assert summary["best_perplexity"] == min(found) and len(found) == 4 and summary["method"] == "full"
+    assert [r["lr"] for r in records if r["kind"] == "train"] == pytest.approx([0.01, 0.01, 0.02 / 3, 0.01 / 3])
+    assert sum(summary["state_moments_bytes_per_rank"]) > 0 and (tmp_path / "one" / "scaling.jsonl").exists()
     refused = run(data, tmp_path / "one", 1, *more, "--save-every", 2, "--resume", "auto", "--train-on-inputs", code=1)
     assert "--train-data" in refused and "is of another run" in refused
 
 
 def test_lorafa(data: Path, tmp_path: Path) -> None:
-    """One process, FSDP2 and ZeRO-3 end in the same merged model, which is PEFT's merge of the saved adapter."""
+    """Engines end in the same merged model, which is PEFT's merge of the saved adapter; resumed, bit for bit."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    config = json.loads((pretraining.ROOT / "ds_configs" / "zero3_fira.json").read_text())
-    config["optimizer"] = {"type": "LoRAFA", "params": {}}
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (tmp_path / "zero3.json").write_text(json.dumps(config))
-    run(data, tmp_path / "one", 1, *LORAFA)
-    run(data, tmp_path / "fsdp2", 2, *LORAFA, "--engine", "fsdp2")
-    run(data, tmp_path / "zero3", 2, *LORAFA, "--deepspeed_config", tmp_path / "zero3.json")
+    run(data, tmp_path / "one", 1, *LORAFA, "--save-every", 2)
+    first = tmp_path / "one" / "checkpoints" / "step-00000002"
+    engines = {"fsdp2": ("--engine", "fsdp2"), "fsdp1": ("--engine", "fsdp1"),
+               "zero3": ("--deepspeed_config", zero(data, 3, "LoRAFA"))}  # fmt: skip
+    for engine, own in engines.items():
+        printed = run(data, tmp_path / engine, 2, *LORAFA, *own, "--resume", "auto")
+        assert "WARNING: --resume auto without --save-every N: this run saves nothing" in printed
+    run(data, tmp_path / "again", 1, *LORAFA, "--save-every", 2, "--resume", first)
+    run(data, tmp_path / "resumed", 2, *LORAFA, "--engine", "fsdp2", "--resume", first)
     one = weights(tmp_path / "one")
     before = load_file(data / "model" / "model.safetensors")
     moved = {name: (one[name] - before[name]).abs().max().item() for name in one}
     assert set(one) == set(before)
     assert {name for name, by in moved.items() if by} == {n for n in one if "proj" in n}
-    for engine in ("fsdp2", "zero3"):
+    assert all(torch.equal(one[name], again) for name, again in weights(tmp_path / "again").items())
+    for engine in (*engines, "resumed"):
         apart = largest_difference(one, weights(tmp_path / engine))
         print(f"\nLoRA-FA, {engine} x 2 against one process: {apart:.1e} (moved by {max(moved.values()):.2g})")
         assert apart < 2e-5
+        adapter = load_file(tmp_path / engine / "model" / "adapter" / "adapter_model.safetensors")
+        assert len(adapter) == 14 and not any("_fsdp" in name for name in adapter)
     base = AutoModelForCausalLM.from_pretrained(data / "model")
     theirs = PeftModel.from_pretrained(base, tmp_path / "one" / "model" / "adapter").merge_and_unload().state_dict()
     assert largest_difference(one, {name: theirs[name] for name in one}) < 1e-6
@@ -289,12 +368,17 @@ def test_lorafa(data: Path, tmp_path: Path) -> None:
 
 
 def test_lora_with_any_optimizer(data: Path, tmp_path: Path) -> None:
-    """AdamW on the adapters; a target that is not there, a model without weights and missing data are named."""
+    """AdamW and Fira on the adapters; a target that is not there, a model without weights, missing data are named."""
     lora = ("--method", "lora", "--lora-rank", 4, "--optimizer", "AdamW", "--steps", 2)
     run(data, tmp_path / "lora", 1, *lora, "--lora-targets", "q_proj", "v_proj", "--lora-dropout", 0)
     before, after = load_file(data / "model" / "model.safetensors"), weights(tmp_path / "lora")
     moved = {name for name in after if not torch.equal(after[name], before[name])}
     assert moved == {n for n in after if "q_proj" in n or "v_proj" in n}
+    fira = ("--method", "lora", "--lora-rank", 8, "--steps", 2, *FIRA[:2], "--rank", 4)  # Fira's Table 4
+    printed = run(data, tmp_path / "fira", 1, *fira)
+    assert "FiraAdamW: 14 parameters projected (rank [4]), 0 plain" in printed
+    moved = {name for name, w in weights(tmp_path / "fira").items() if not torch.equal(w, before[name])}
+    assert moved == {n for n in after if "proj" in n}
     printed = run(data, tmp_path / "bad", 1, *lora, "--lora-targets", "nothing", code=1)
     assert "--lora-targets nothing" in printed
     printed = run(data, tmp_path / "bad", 1, *lora, "--model", tmp_path, "--tokenizer", data / "tokenizer", code=1)

@@ -77,7 +77,7 @@ REFRESHING = " refreshing"  # what a contender's name ends in that makes new bas
 def _trainer(name: str, settings: dict[str, Any], processes: Any) -> Any:
     """launch/pretrain.py's trainer with this contender's optimizer."""
     from launch import build, pretrain
-    from launch.optimizers import warmup_cosine
+    from launch.optimizers import warmup_then
     from launch.options import load_ds_config, parse
 
     with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +88,7 @@ def _trainer(name: str, settings: dict[str, Any], processes: Any) -> Any:
             "zero_optimization"
         ]
     plan = build.plan_batches(args, config, processes.world)
-    vocabulary, factor = Vocabulary(settings["vocabulary"]), warmup_cosine(args.steps, args.warmup_steps, 0.1)
+    vocabulary, factor = Vocabulary(settings["vocabulary"]), warmup_then("cosine", args.steps, args.warmup_steps, 0.1)
     model_of = partial(pretrain.model_of, args, vocabulary)
     if config is not None:
         return build.build_deepspeed(args, config, model_of, factor, processes)

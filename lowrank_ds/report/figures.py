@@ -16,6 +16,7 @@ from lowrank_ds.report.runs import Curve, Run
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DASHES = ("-", "--", "-.", ":", (0, (6, 2, 1, 2, 1, 2)))
 MARKERS = "osD^vPX"
+LEGEND_ROW = 0.21  # inches
 POINTS = 1500  # of a curve; more than a screen shows
 _STYLE = {
     "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.grid": True,
@@ -89,11 +90,13 @@ def short(name: str, size: int = 48) -> str:
 
 
 def legend(figure: Any, axes: Any) -> None:
-    """One legend for all panels, above them, so that it covers nothing."""
+    """One legend for all panels, above them, so that it covers nothing; the figure grows with its rows."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
+        width, height = figure.get_size_inches()
         longest = max(map(len, labels))
-        columns = max(1, min(len(labels), 130 // (longest + 8)))
+        columns = max(1, min(len(labels), int(130 / 12 * width) // (longest + 8)))
+        figure.set_size_inches(width, height + LEGEND_ROW * (math.ceil(len(labels) / columns) - 1))
         figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=3.2)
 
 
