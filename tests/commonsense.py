@@ -87,6 +87,7 @@ def flags(data: Path, output: Path, *more: Any) -> list[str]:
     """finetune.py's arguments for a short run."""
     given = [
         "--model", data / "model", "--train-data", data / "train.json", "--cache-dir", data / "cache", "--seq-len", 256,
-        "--batch-size", 12, "--micro-batch", 3, "--dtype", "fp32", "--log-every", 1, "--steps", 4, "--lr", 0.01, "--output", output,
+        "--batch-size", 12, "--micro-batch", 3, "--dtype", "fp32", "--log-every", 1, "--steps", 4, "--lr", 0.01,
+        "--output", output,
     ]  # fmt: skip
     return [str(part) for part in [*given, *more]]

@@ -152,8 +152,8 @@ def test_adapter(data: Path, tmp_path: Path) -> None:
     load_tokenizer(str(data / "model")).save_pretrained(tmp_path / "merged")
     details = []
     asked = ("--data", data / "dataset", "--tasks", "piqa", "--predictions")
-    for name, given in {"merged": (tmp_path / "merged",), "adapter": (data / "model", "--adapter", tmp_path / "adapter"),
-                        "without": (data / "model",)}.items():  # fmt: skip
+    own, adapter = (data / "model",), ("--adapter", tmp_path / "adapter")
+    for name, given in {"merged": (tmp_path / "merged",), "adapter": (*own, *adapter), "without": own}.items():
         evaluated(1, tmp_path / f"{name}.json", *given, *asked, tmp_path / f"{name}.jsonl")
         rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         details.append(torch.tensor([[row["detail"][o] for o in TASKS["piqa"]] for row in rows]))

@@ -225,18 +225,9 @@ def test_what_is_missing_is_named(tmp_path: Path, script: str, settings: dict[st
 
 def clean() -> dict[str, str]:
     """This environment without what the scripts read."""
-    names = (
-        "PROGRAM",
-        "HOSTFILE",
-        "LAUNCHER",
-        "NNODES",
-        "PYTHON",
-        "INTERFACE",
-        "RANKS_PER_HOST",
-        "MAX_RESTARTS",
-        "JOB_ID",
-    )
-    return {k: v for k, v in os.environ.items() if k not in names and not k.startswith(("SLURM_", "RDZV_", "MASTER_"))}
+    names = ("HOSTFILE", "LAUNCHER", "NNODES", "PYTHON", "PROGRAM", "INTERFACE", "RANKS_PER_HOST", "MAX_RESTARTS")
+    kinds = ("SLURM_", "RDZV_", "MASTER_", "JOB_ID")
+    return {k: v for k, v in os.environ.items() if k not in names and not k.startswith(kinds)}
 
 
 def test_scripts_without_arguments() -> None:
