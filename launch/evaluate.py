@@ -73,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="TASK",
         help="its tasks (needs pip install 'lowrank_ds[eval]' and its data sets)",
     )
+    add("--harness-path", metavar="DIR", help="folder with more of its tasks (YAML files)")
     return parser
 
 
@@ -84,6 +85,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give what to evaluate: --data DIR, --text FILES or --harness TASKS")
     if args.data and not args.data.is_dir():
         parser.error(f"--data {args.data}: no such folder")
+    if args.harness_path and not Path(args.harness_path).is_dir():
+        parser.error(f"--harness-path {args.harness_path}: no such folder")
     for name in ("batch_size", "beams", "new_tokens", "limit", "seq_len"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -181,7 +184,7 @@ def main() -> None:
     if args.text:
         results["text"] = text_perplexity(args, model, tokenizer, processes)
     if args.harness:
-        results["harness"] = run_harness(args)
+        results["harness"] = run_harness(args, processes.device)
     if processes.is_main:
         print(table(results), flush=True)
         results |= {"seconds": time.perf_counter() - start, "world_size": processes.world, "versions": versions()}

@@ -1,8 +1,10 @@
 """LoRA adapters: put on a model, merged into the weights an engine gathered, saved in PEFT's form and as a model."""
 
+import copy
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lowrank_ds
@@ -73,4 +75,16 @@ def merged(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def save_merged(model: nn.Module, weights: dict[str, Tensor], tokenizer, directory: Path) -> None:
     """An ordinary HF model, and in its folder `adapter` the same for PEFT; call it on the main process."""
     save_model(model.get_base_model(), merged(model, weights), tokenizer, directory)
-    model.save_pretrained(directory / "adapter", state_dict=weights)
+    save_adapter(model, weights, directory / "adapter")
+
+
+def save_adapter(model: nn.Module, weights: dict[str, Tensor], directory: Path) -> None:
+    """PEFT's folder of an adapter; arguments as in `merged`.
+
+    PEFT's own save_pretrained looks for modules by name and, under FSDP1's wrappers, writes a file without a tensor.
+    """
+    config = copy.copy(model.peft_config[ADAPTER])
+    config.inference_mode = True  # as PEFT saves it
+    config.save_pretrained(directory)
+    factors = {name.replace(f".{ADAPTER}.", "."): value for name, value in weights.items() if ".lora_" in name}
+    save_file(factors, directory / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -20,7 +20,8 @@ from launch.scoring import Judge
 from launch.tokenizer import load_tokenizer
 from tests import commonsense, pretraining
 
-ALONE = Processes(0, 1, 0, torch.device("cpu"))
+CPU = torch.device("cpu")
+ALONE = Processes(0, 1, 0, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +185,7 @@ def test_wrong_flags(data: Path, capsys: pytest.CaptureFixture) -> None:
     for arguments, message in (
         ([str(data / "model")], "give what to evaluate"),
         ([str(data / "model"), "--data", "/nonexistent"], "--data /nonexistent: no such folder"),
+        ([str(data), "--harness", "a", "--harness-path", "/nonexistent"], "--harness-path /nonexistent: no such fold"),
         ([str(data), "--data", str(data)], "no config.json"),
         ([str(data / "model"), "--data", str(data), "--batch-size", "0"], "--batch-size must be at least 1"),
     ):
@@ -198,7 +200,7 @@ def test_harness(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args.dtype = "fp32"
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(SystemExit, match=r"pip install 'lowrank_ds\[eval\]'"):
-        evaluate.run_harness(args)
+        evaluate.run_harness(args, CPU)
     given: dict = {}
 
     def simple_evaluate(**arguments: Any) -> dict:
@@ -207,11 +209,12 @@ def test_harness(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     harness, tasks = types.ModuleType("lm_eval"), types.ModuleType("lm_eval.tasks")
     harness.simple_evaluate, harness.tasks = simple_evaluate, tasks
-    tasks.TaskManager = lambda: types.SimpleNamespace(all_tasks=["arc_easy"])
+    tasks.TaskManager = lambda include_path: types.SimpleNamespace(all_tasks=["arc_easy"])
     monkeypatch.setitem(sys.modules, "lm_eval", harness)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", tasks)
-    assert evaluate.run_harness(args) == {"arc_easy": {"acc": 0.5, "acc_stderr": 0.1}}
+    assert evaluate.run_harness(args, CPU) == {"arc_easy": {"acc": 0.5, "acc_stderr": 0.1}}
+    assert given["device"] == "cpu"  # the harness's own default is cuda, also where there is none
     assert given["model_args"] == {"pretrained": str(data / "model"), "dtype": "float32"} and given["limit"] == 3
     args.harness = ["nothing"]
     with pytest.raises(SystemExit, match="--harness nothing: .* has no such task"):
-        evaluate.run_harness(args)
+        evaluate.run_harness(args, CPU)
