@@ -165,6 +165,8 @@ def main() -> None:
     """Command line."""
     args = parse()
     processes, start = find_processes(), time.perf_counter()
+    if args.harness and processes.world > 1 and processes.device.type == "cpu":
+        raise SystemExit("--harness: on CPUs lm-evaluation-harness deals nothing to processes; start one process only")
     if processes.world > 1:
         dist.init_process_group("nccl" if processes.device.type == "cuda" else "gloo", **timeout_of(args.timeout))
         limit_waits(args.timeout)
