@@ -6,6 +6,7 @@ is what the engine made of the model, and `schedule` the learning rates, ours or
 """
 
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -302,4 +303,6 @@ def save_distributed(directory: Path, trainer: TorchTrainer, state: dict) -> Non
         "schedule": trainer.schedule.state_dict(),
         "progress": state,
     }
-    dcp.save(content, checkpoint_id=directory, no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process, as was asked for
+        dcp.save(content, checkpoint_id=directory, no_dist=not dist.is_initialized())

@@ -311,7 +311,7 @@ def test_full_fine_tuning(data: Path, tmp_path: Path) -> None:
     printed = run(data, tmp_path / "one", 1, *more, "--save-every", 2, "--scaling-every", 2)
     assert "--train-data: 100 examples" in printed and "FiraAdamW" in printed
     moved = largest_difference(weights(tmp_path / "one"), load_file(data / "model" / "model.safetensors"))
-    for engine in ("fsdp2", "fsdp1", "hsdp", "layerwise", "zero1", "zero3-layerwise"):
+    for engine in ("fsdp2", "fsdp1", "hsdp", "layerwise", "zero1"):
         own = pretraining.ENGINES[engine]
         if own[0] == "--deepspeed_config":
             own = (own[0], zero(data, int(engine[4]), "FiraAdamW"), *own[2:])

@@ -234,6 +234,8 @@ def test_curves_show_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert steps == [10, 20, 30, 40] and loss == [5.0, 4.0, 3.5, 3.1] and tokens[-1] == 4000
     assert seconds == [20, 60, 80, 100]  # below three minutes: in seconds
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    _, alone = drawn(monkeypatch, lambda: page._loss(runs[:1], None))
+    assert boxes[-1].height > 0.97 * alone[-1].height  # the figure has grown, not the panels shrunk
     assert len({(figures.look(i)["color"], str(figures.look(i)["linestyle"])) for i in range(35)}) == 35
 
 

@@ -16,6 +16,7 @@ from lowrank_ds.report.runs import Curve, Run
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DASHES = ("-", "--", "-.", ":", (0, (6, 2, 1, 2, 1, 2)))
 MARKERS = "osD^vPX"
+SEEN = 0.001  # of the longest bar: what is shorter is drawn and named by nobody
 LEGEND_ROW = 0.21  # inches
 POINTS = 1500  # of a curve; more than a screen shows
 _STYLE = {
@@ -95,8 +96,9 @@ def legend(figure: Any, axes: Any) -> None:
     if handles:
         width, height = figure.get_size_inches()
         longest = max(map(len, labels))
-        columns = max(1, min(len(labels), int(130 / 12 * width) // (longest + 8)))
-        figure.set_size_inches(width, height + LEGEND_ROW * (math.ceil(len(labels) / columns) - 1))
+        rows = math.ceil(len(labels) / max(1, int(130 / 12 * width) // (longest + 7)))
+        columns = math.ceil(len(labels) / rows)  # rows of about one length
+        figure.set_size_inches(width, height + LEGEND_ROW * (rows - 1))
         figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=3.2)
 
 
@@ -267,7 +269,7 @@ def _bars(axis: Any, told: Sequence[tuple[str, dict]], parts: Sequence[tuple], t
     rows, starts = range(len(told)), [0.0] * len(told)
     for key, label, colour, hatch in parts:
         widths = [sizes.get(key, 0.0) / unit for _, sizes in told]
-        if any(widths):
+        if max(widths) > SEEN * max(sizes.get(total, 0.0) / unit for _, sizes in told):
             axis.barh(rows, widths, 0.62, starts, label=label, color=colour, hatch=hatch, edgecolor="white")
         starts = [a + b for a, b in zip(starts, widths, strict=True)]
     for row, (_, sizes) in enumerate(told):
