@@ -86,7 +86,7 @@ def execute(args, job: Job, work: Work) -> None:
     processes.meet(args.timeout)
     at = restore(args, trainer, work.batches, progress, processes)
     if processes.is_main:
-        announce(args, config, work.run, trainer, plan, processes)
+        announce(args, config, work, trainer, plan, processes)
     saver = Saver(args, work.run, trainer, work.batches, progress, processes)
     with failures.watch("training"):
         train(args, trainer, work, progress, processes, saver, at)
@@ -206,16 +206,17 @@ def _version(package: str) -> str | None:
         return None  # run from a checkout, or a package this run did not need
 
 
-def announce(args, config: dict | None, run: dict, trainer, plan: BatchPlan, processes: Processes) -> None:
+def announce(args, config: dict | None, work: Work, trainer, plan: BatchPlan, processes: Processes) -> None:
     """Write arguments.json and say what is trained."""
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     (output / PREEMPTED_FILE).unlink(missing_ok=True)
-    facts = {**vars(args), "ds_config": config, "run": run}
+    facts = {**vars(args), "ds_config": config, "run": work.run}
     replace_text(output / "arguments.json", json.dumps(facts, indent=2) + "\n")
+    size = args.seq_len if work.tokens_per_step == plan.total * args.seq_len else f"up to {args.seq_len}"
     print(
         f"{type(trainer.optimizer).__name__}, {trainer.parameters:,} parameters, "
-        f"{processes.world} x {processes.device.type}, {plan.total} x {args.seq_len} tokens a step",
+        f"{processes.world} x {processes.device.type}, {plan.total} x {size} tokens a step",
         flush=True,
     )
     if hasattr(trainer.optimizer, "summary"):  # ours says what it projects and what not
