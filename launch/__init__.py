@@ -1,4 +1,4 @@
-"""Pre-training programs around lowrank_ds: data, models, evaluation, reports. The package itself needs none of it."""
+"""Programs around lowrank_ds: data, models, training, evaluation. The package itself needs none of it."""
 
 import os
 

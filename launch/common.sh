@@ -3,9 +3,13 @@
 
 way=$(basename "$0")
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-pretrain=$launch/pretrain.py
 fail() { printf '%s: %s\n' "$way" "$*" >&2; exit 2; }
 say() { printf '%s: %s\n' "$way" "$*"; }
+
+# The program that trains: PROGRAM, such as launch/finetune.py, else pretrain.py; as a full path, the same on all hosts.
+program=${PROGRAM:-$launch/pretrain.py}
+[[ $program == /* ]] || program=$PWD/$program
+[ -r "$program" ] || fail "PROGRAM=$PROGRAM: there is no such file; give one such as launch/finetune.py"
 
 # need_program PROGRAM WHERE_FROM
 need_program() { command -v "$1" >/dev/null || fail "there is no program $1 on PATH; $2"; }
@@ -21,6 +25,12 @@ need_python() {
     "$python" -c 'import sys, importlib.util as u; sys.exit(u.find_spec("torch") is None)' \
         || fail "$python has no torch; activate the virtual environment, or set PYTHON"
     [ -z "${PYTHON:-}" ] || export PATH="$(dirname "$python"):$PATH" # its own ninja, deepspeed and mpirun come first
+}
+
+# unseen KEY...: what to do about keys of the FILE of --config that a script would have to know
+unseen() {
+    local flags=("${@//_/-}")
+    echo "$way does not read the FILE of --config; give ${flags[*]/#/--} on the command line (the same values as in FILE)"
 }
 
 # GPUs of this host, of those that CUDA_VISIBLE_DEVICES leaves if it is set
@@ -73,8 +83,8 @@ check_hosts() {
             255) fail "$host does not answer to ssh without a password; try: ssh $host hostname" ;;
             *) fail "$host has no $python; the virtual environment must be at the same place on every host" ;;
         esac
-        ssh -o BatchMode=yes "$host" "test -r '$pretrain' && cd '$PWD'" </dev/null \
-            || fail "$host has no $pretrain or no $PWD; the repository must be at the same place on every host"
+        ssh -o BatchMode=yes "$host" "test -r '$program' && cd '$PWD'" </dev/null \
+            || fail "$host has no $program or no $PWD; the repository must be at the same place on every host"
     done
 }
 

@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 DOCUMENTS_PER_CALL = 64  # tokenised together: the Rust tokenizer works on them in parallel
 
 
-def find_files(patterns: list[str], flag: str) -> list[Path]:
+def find_files(patterns: list[str], flag: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     """Files named by paths, directories or globs, sorted; an empty result is an error that names the flag."""
     found: set[Path] = set()
     for pattern in patterns:
@@ -35,9 +36,9 @@ def find_files(patterns: list[str], flag: str) -> list[Path]:
             found.update(child for child in match.rglob("*") if child.is_file()) if match.is_dir() else found.add(match)
         if not matches:
             raise SystemExit(f"{flag} {pattern}: no such file or directory")
-    files = sorted(path for path in found if path.name.endswith(SUFFIXES))
+    files = sorted(path for path in found if path.name.endswith(suffixes))
     if not files:
-        raise SystemExit(f"{flag} {' '.join(patterns)}: nothing ends in {', '.join(SUFFIXES)}")
+        raise SystemExit(f"{flag} {' '.join(patterns)}: nothing ends in {', '.join(suffixes)}")
     return files
 
 
@@ -76,8 +77,7 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
 
 def tokenise(documents: Iterator[str], tokenizer) -> Iterator[list[int]]:
     """Ids of each document, between the tokenizer's beginning- and end-of-text marks where it has them."""
-    before = [] if tokenizer.bos_token_id in (None, tokenizer.eos_token_id) else [tokenizer.bos_token_id]
-    after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    before, after = marks(tokenizer)
     group: list[str] = []
 
     def flush() -> Iterator[list[int]]:
@@ -93,34 +93,46 @@ def tokenise(documents: Iterator[str], tokenizer) -> Iterator[list[int]]:
     yield from flush()
 
 
+def marks(tokenizer) -> tuple[list[int], list[int]]:
+    """Ids written before and after each text: none or one."""
+    before = [] if tokenizer.bos_token_id in (None, tokenizer.eos_token_id) else [tokenizer.bos_token_id]
+    return before, [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
 def token_cache(files: list[Path], tokenizer, text_key: str, cache_dir: str) -> np.ndarray:
-    """Memory-mapped ids of all documents of `files`, in file order; built once, by whichever process comes first.
+    """Memory-mapped ids of all documents of `files`, in file order; see `built_once`."""
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+
+    def write(out: BinaryIO) -> None:
+        documents = (document for path in files for document in read_documents(path, text_key))
+        out.writelines(np.asarray(ids, dtype=dtype).tobytes() for ids in tokenise(documents, tokenizer))
+        if not out.tell():
+            raise SystemExit(f"{', '.join(map(str, files))}: no text in there")
+
+    target = built_once(cache_dir, files, [CACHE_FORMAT, text_key, fingerprint(tokenizer)], "tokens", write)
+    return np.memmap(target, dtype=dtype, mode="r")
+
+
+def built_once(cache_dir: str, files: list[Path], key: list, suffix: str, write: Callable[[BinaryIO], None]) -> Path:
+    """The cache of `files` under `key` (for JSON); built once, by whichever process of those that see it comes first.
 
     A file lock, not a barrier, makes the others wait: it cannot time out, and the kernel drops it if the builder dies.
     """
     directory = Path(cache_dir)
     directory.mkdir(parents=True, exist_ok=True)
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    key_parts = json.dumps([CACHE_FORMAT, stats, text_key, fingerprint(tokenizer)])
-    target = directory / f"{hashlib.sha256(key_parts.encode()).hexdigest()[:24]}.tokens"
-    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    name = hashlib.sha256(json.dumps([stats, *key]).encode()).hexdigest()[:24]
+    target = directory / f"{name}.{suffix}"
     with open(target.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            _write_tokens(target, files, tokenizer, text_key, dtype)
-    return np.memmap(target, dtype=dtype, mode="r")
-
-
-def _write_tokens(target: Path, files: list[Path], tokenizer, text_key: str, dtype: type) -> None:
-    partial = target.with_suffix(".partial")
-    with open(partial, "wb") as out:
-        documents = (document for path in files for document in read_documents(path, text_key))
-        out.writelines(np.asarray(ids, dtype=dtype).tobytes() for ids in tokenise(documents, tokenizer))
-        if not out.tell():
-            raise SystemExit(f"{', '.join(map(str, files))}: no text in there")
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(partial, target)  # a cache exists only when it is complete
+            partial = target.with_suffix(".partial")
+            with open(partial, "wb") as out:
+                write(out)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(partial, target)  # a cache exists only when it is complete
+    return target
 
 
 def cut_blocks(tokens: np.ndarray, length: int, flag: str, limit: int | None = None) -> np.ndarray:

@@ -9,11 +9,12 @@
 # MASTER_ADDR  address of the first host, as the others reach it (default: what its `hostname -I` says first)
 # MASTER_PORT  free port there (default 29500)
 # PYTHON       the virtual environment's Python (default: python on PATH)
+# PROGRAM      what is started, with its own arguments, such as launch/finetune.py (default: pretrain.py)
 # Any --engine works; variables such as NCCL_*, GLOO_*, HF_*, DS_* and OMP_NUM_THREADS are handed on to all ranks.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-[ $# -gt 0 ] || fail "give pretrain.py's arguments (python launch/pretrain.py --help)"
+[ $# -gt 0 ] || fail "give $(basename "$program")'s arguments (python $program --help)"
 LAUNCHER=${LAUNCHER:-pdsh} MASTER_PORT=${MASTER_PORT:-29500}
 read_hostfile
 need_number MASTER_PORT
@@ -64,4 +65,4 @@ if [ "$LAUNCHER" = pdsh ]; then
         fi
     done
 fi
-exec deepspeed "${given[@]}" "$pretrain" "${arguments[@]}"
+exec deepspeed "${given[@]}" "$program" "${arguments[@]}"

@@ -1,11 +1,12 @@
 """The ways to train: a DeepSpeed engine built from a ds_config, or plain torch under DDP, FSDP2, HSDP or FSDP1.
 
-All offer `optimizer`, `watch`, `train_step(batches)`, `logits(ids)`, `weights(keep)` and `save(directory, state)`.
+All offer `optimizer`, `watch`, `train_step(batches)`, `logits(batch)`, `weights(keep)` and `save(directory, state)`.
 `module` has the parameters and Hugging Face's methods; `parameters` is how many weights the whole model has; `wrapped`
 is what the engine made of the model, and `schedule` the learning rates, ours or those of a ds_config's section.
 """
 
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import lowrank_ds
+from launch.losses import Batch, forward_loss, model_inputs
 from launch.model import parameter_count, whole_weights
 from launch.optimizers import end_names, weight_groups
 from launch.processes import Processes
@@ -47,11 +49,11 @@ class Trainer(ABC):
         return lowrank_ds.state_bytes(self.optimizer)
 
     @abstractmethod
-    def train_step(self, batches: list[torch.Tensor]) -> torch.Tensor:
+    def train_step(self, batches: list[Batch]) -> torch.Tensor:
         """One optimizer step; returns the mean loss of this process's micro-batches, on the device."""
 
     @abstractmethod
-    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+    def logits(self, batch: Batch) -> torch.Tensor:
         """Model output in evaluation mode."""
 
     @abstractmethod
@@ -79,12 +81,11 @@ class DeepSpeedTrainer(Trainer):
         self.module, self.optimizer = self.engine.module, self.engine.basic_optimizer
         self.wrapped, self.schedule = self.engine, self.engine.lr_scheduler
 
-    def train_step(self, batches: list[torch.Tensor]) -> torch.Tensor:
+    def train_step(self, batches: list[Batch]) -> torch.Tensor:
         self.engine.train()
         total, start = 0.0, self.watch.mark()
-        for ids in batches:
-            ids = ids.to(self.device, non_blocking=True)
-            loss = self.engine(input_ids=ids, labels=ids).loss
+        for batch in batches:
+            loss = forward_loss(self.engine, batch, self.device)
             self.engine.backward(loss)
             total = total + loss.detach()
             middle = self.watch.mark()
@@ -92,9 +93,9 @@ class DeepSpeedTrainer(Trainer):
         self.watch.add(start, middle, self.watch.mark())
         return total / len(batches)
 
-    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+    def logits(self, batch: Batch) -> torch.Tensor:
         self.engine.eval()
-        return self.engine(input_ids=ids).logits
+        return self.engine(**model_inputs(batch, self.device)).logits
 
     def weights(self) -> dict[str, torch.Tensor]:
         return whole_weights(self.module, keep=self.rank == 0)
@@ -151,7 +152,7 @@ class TorchTrainer(Trainer):
     def clip_gradients(self, norm: float) -> None:
         """Scale gradients down to this global norm."""
 
-    def train_step(self, batches: list[torch.Tensor]) -> torch.Tensor:
+    def train_step(self, batches: list[Batch]) -> torch.Tensor:
         self.model.train()
         start = self.watch.mark()
         if self.two_passes:
@@ -167,21 +168,20 @@ class TorchTrainer(Trainer):
         self.schedule.step()
         return mean
 
-    def backward(self, batches: list[torch.Tensor]) -> torch.Tensor:
+    def backward(self, batches: list[Batch]) -> torch.Tensor:
         """Forward and backward of all micro-batches; returns their mean loss."""
         total = 0.0
-        for number, ids in enumerate(batches, 1):
-            ids = ids.to(self.device, non_blocking=True)
+        for number, batch in enumerate(batches, 1):
             # layer-wise: each micro-batch's gradients are summed over processes, to be kept sharded or compressed
             with self.accumulating(last=number == len(batches) or self.in_backward is not None):
-                loss = self.model(input_ids=ids, labels=ids).loss
+                loss = forward_loss(self.model, batch, self.device)
                 (loss / len(batches)).backward()
             total = total + loss.detach()
         return total / len(batches)
 
-    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+    def logits(self, batch: Batch) -> torch.Tensor:
         self.model.eval()
-        return self.model(input_ids=ids).logits
+        return self.model(**model_inputs(batch, self.device)).logits
 
     def weights(self) -> dict[str, torch.Tensor]:
         # Weights that are on the CPU already FSDP1 would "offload" without a copy, and free: a crash (torch 2.13).
@@ -303,4 +303,6 @@ def save_distributed(directory: Path, trainer: TorchTrainer, state: dict) -> Non
         "schedule": trainer.schedule.state_dict(),
         "progress": state,
     }
-    dcp.save(content, checkpoint_id=directory, no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process, as was asked for
+        dcp.save(content, checkpoint_id=directory, no_dist=not dist.is_initialized())

@@ -6,14 +6,15 @@ from launch.model import read_config
 from launch.options import BatchPlan, optimizer_overrides
 from launch.tokenizer import fingerprint
 
+_BEFORE = {"--schedule": "cosine"}  # flags that came later, and what runs did that do not name them
 _OF_THE_FILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
-def describe_run(args, config: dict | None, plan: BatchPlan, tokenizer, data: dict, held_out: dict) -> dict:
+def describe_run(args, config: dict | None, plan: BatchPlan, tokenizer, text: dict) -> dict:
     """{flag: value} of what a resumed run must have in common with the one that saved.
 
     Free to change: engine, number of processes, micro-batch, activation checkpointing, where files lie, --log-every,
-    --eval-every and --save-every. data, held_out: fingerprints of the text.
+    --eval-every and --save-every. text: {flag: value} of the data, such as its fingerprint.
     """
     section = config["optimizer"] if config else {"type": args.optimizer, "params": optimizer_overrides(args)}
     options = {key: value for key, value in section["params"].items() if key not in ("lr", "rank", "layerwise")}
@@ -23,8 +24,7 @@ def describe_run(args, config: dict | None, plan: BatchPlan, tokenizer, data: di
     run = {
         "--model": {key: value for key, value in model.items() if key not in _OF_THE_FILE},
         "--tokenizer": fingerprint(tokenizer),
-        "--dataset" if args.dataset else "--train-data": data,
-        "--valid-split" if args.dataset else "--valid-data": held_out,
+        **text,
         "--seq-len": args.seq_len,
         "--optimizer": section["type"],
         "--optimizer-args": options,
@@ -38,6 +38,7 @@ def describe_run(args, config: dict | None, plan: BatchPlan, tokenizer, data: di
         "--steps": args.steps,
         "--batch-size": plan.total,
         "--warmup-steps": args.warmup_steps,
+        "--schedule": args.schedule,
         "--min-lr-ratio": args.min_lr_ratio,
         "--deepspeed_config's scheduler": (config or {}).get("scheduler"),
         "--seed": args.seed,
@@ -53,6 +54,7 @@ def dtype_name(args, config: dict | None) -> str:
 
 
 def compare(place: str, saved: dict, run: dict) -> None:
+    saved = _BEFORE | saved
     different = [
         f"{flag} is {_short(now)} here and {_short(before)} there"
         for flag in {**saved, **run}

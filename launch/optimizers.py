@@ -10,15 +10,17 @@ import lowrank_ds  # makes the optimizers known by name to torch.optim and DeepS
 from launch.model import full_shape
 from lowrank_ds.params import canonical
 
+FALLS = {"cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)), "linear": lambda done: 1 - done}
 
-def warmup_cosine(steps: int, warmup: int, floor: float) -> Callable[[int], float]:
-    """Factor on the learning rate at a 0-based step: linear up to 1, then half a cosine down to `floor`."""
+
+def warmup_then(fall: str, steps: int, warmup: int, floor: float) -> Callable[[int], float]:
+    """Factor on the learning rate at a 0-based step: linear up to 1, then down to `floor` as FALLS[fall] does."""
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
         done = min(1.0, (step - warmup) / max(1, steps - warmup))
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+        return floor + (1 - floor) * FALLS[fall](done)
 
     return factor
 
@@ -59,6 +61,8 @@ def torch_optimizer(
         if not isinstance(getattr(torch.optim, name, None), type):
             raise SystemExit(f"--optimizer {name}: neither lowrank_ds nor torch.optim has it")
         return _construct(getattr(torch.optim, name), weight_groups(model, embed_lr, ends), options)
+    if low_rank is lowrank_ds.LoRAFA:
+        return _construct(low_rank, lowrank_ds.lorafa_groups(model), options)
     if low_rank.OPTIONS["rank"] is None:  # Lomo and AdaLomo train every weight whole, and say so if asked to project
         return _construct(low_rank, _named_groups(model, embed_lr, ends), options)
     selection = {key: options.pop(key) for key in ("rank", "target_modules") if key in options}

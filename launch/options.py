@@ -1,14 +1,16 @@
-"""Command line of pretrain.py: the flags, and checks whose messages say which flag to change."""
+"""Command line of pretrain.py, and what finetune.py shares with it: flags, and checks that say which flag to change."""
 
 import argparse
-import difflib
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.flags_file import flags_of
+
 ENGINES = ("ddp", "fsdp1", "fsdp2", "hsdp", "deepspeed")
 CLIPS = ("two_pass", "previous", "per_tensor")
+FLOORS = {"cosine": 0.1, "linear": 0.0}  # --schedule, and where it ends unless --min-lr-ratio says so
 SUMS = ("compress_accumulation", "accumulation_compression_rank")
 
 
@@ -35,8 +37,7 @@ class BatchPlan:
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags of pretrain.py."""
-    parser = argparse.ArgumentParser(description="Pre-train a causal LM with any torch.optim or lowrank_ds optimizer.")
-    parser.add_argument("--config", metavar="FILE", help="YAML file with these flags as keys; the command line wins")
+    parser = new_parser("Pre-train a causal LM with any torch.optim or lowrank_ds optimizer.")
     add = parser.add_argument_group("model and text").add_argument
     add("--model", required=True, help="HF config as a .json file (from scratch), or a HF model directory")
     add("--tokenizer", required=True, help="HF tokenizer directory, or a SentencePiece BPE .model file")
@@ -50,13 +51,29 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seq-len", type=int, default=256, help="tokens per sequence (documents are packed)")
     add("--cache-dir", default=".cache/tokens", help="where tokenised local data is kept")
 
+    add_training_flags(parser)
+    return parser
+
+
+def new_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with --config, which `read_flags` reads."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with these flags as keys; the command line wins")
+    return parser
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Engine, optimizer, schedule, output and checkpoints: the same for all training programs."""
     _add_engine_flags(parser)
     add = parser.add_argument_group("schedule").add_argument
-    add("--steps", type=int, required=True, help="optimizer steps")
+    add("--steps", type=int, help="optimizer steps")
     add("--batch-size", type=int, help="sequences per optimizer step, over all processes")
     add("--micro-batch", type=int, help="sequences per process and forward pass; the rest is gradient accumulation")
-    add("--warmup-steps", type=int, help="linear warm-up (default: a tenth of --steps), then cosine")
-    add("--min-lr-ratio", type=float, default=0.1, help="the cosine ends at this fraction of the learning rate")
+    add("--warmup-steps", type=int, help="linear warm-up (default: a tenth of --steps), then --schedule")
+    add("--schedule", choices=sorted(FLOORS), default="cosine", help="how the learning rate falls after the warm-up "
+        "(default cosine; published fine-tuning is linear)")  # fmt: skip
+    add("--min-lr-ratio", type=float, help="the schedule ends at this fraction of the learning rate (default: 0.1 with "
+        "cosine, 0 with linear)")  # fmt: skip
     add("--seed", type=int, default=0, help="of initial weights and data order")
 
     add = parser.add_argument_group("output").add_argument
@@ -65,6 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--diagnostics-every", type=int, default=0, metavar="N", help="write captured energy, overlap of subspaces, "
         "limiter hits and update sizes of each matrix to OUTPUT/diagnostics.jsonl every N steps (default 0: "
         "never)")  # fmt: skip
+    add("--scaling-every", type=int, default=0, metavar="N", help="compare scaling factors with full-rank Adam's, and "
+        "write their means to OUTPUT/scaling.jsonl every N steps, for `lowrank-ds similarity` (default 0: never; it "
+        "takes Adam's memory beside the run's own)")  # fmt: skip
     add("--eval-every", type=int, default=0, help="0: only at the end")
     add("--eval-tokens", type=int, help="use only this many held-out tokens (default: all; 10M with --dataset)")
     add = parser.add_argument_group("checkpoints to go on from").add_argument
@@ -74,7 +94,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--resume", default="none", metavar="auto|PATH|none", help="auto: go on from the newest complete checkpoint in "
         "OUTPUT/checkpoints, or from the start if there is none; PATH: from this one")  # fmt: skip
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
-    return parser
 
 
 def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -130,25 +149,43 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parsed and checked flags."""
     parser = build_parser()
-    argv = sys.argv[1:] if argv is None else argv
-    early = argparse.ArgumentParser(add_help=False)
-    early.add_argument("--config")
-    config = early.parse_known_args(argv)[0].config
-    args = parser.parse_args([*(flags_of(parser, Path(config)) if config else []), *argv])
-    check_engine(parser, args)
-    check_layerwise(parser, args)
-    check_reduction(parser, args)
+    args = read_flags(parser, argv)
+    if args.steps is None:
+        parser.error("the following arguments are required: --steps")
+    check_training_flags(parser, args)
     if bool(args.train_data) == bool(args.dataset):
         parser.error("give either --train-data FILES or --dataset NAME")
     if args.train_data and not args.valid_data:
         parser.error("--train-data needs --valid-data: held-out text in the same formats")
+    fill_warmup(args)
+    return args
+
+
+def read_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Flags of the command line (default: this process's), over those of the YAML file that --config names."""
+    argv = sys.argv[1:] if argv is None else argv
+    early = argparse.ArgumentParser(add_help=False)
+    early.add_argument("--config")
+    config = early.parse_known_args(argv)[0].config
+    return parser.parse_args([*(flags_of(parser, Path(config)) if config else []), *argv])
+
+
+def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Check what `add_training_flags` added, and --seq-len."""
+    check_engine(parser, args)
+    check_layerwise(parser, args)
+    check_reduction(parser, args)
     if not isinstance(args.optimizer_args, dict):
         parser.error("--optimizer-args must be a JSON object such as '{\"alpha\": 0.25}'")
     for name in ("steps", "log_every", "seq_len", "hsdp_shard"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.diagnostics_every < 0:
-        parser.error("--diagnostics-every must be a number of steps, or 0 for never")
+    args.min_lr_ratio = FLOORS[args.schedule] if args.min_lr_ratio is None else args.min_lr_ratio
+    if not 0 <= args.min_lr_ratio <= 1:
+        parser.error("--min-lr-ratio must be in [0, 1]")
+    for name in ("diagnostics", "scaling"):
+        if getattr(args, f"{name}_every") < 0:
+            parser.error(f"--{name}-every must be a number of steps, or 0 for never")
     if args.timeout is not None and not 0 < args.timeout < float("inf"):
         parser.error("--timeout must be a number of seconds > 0")
     if args.save_every < 0 or args.keep_last < 1:
@@ -158,9 +195,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             f"--output {args.output} already holds a run; choose another directory or delete it (or go on with it: "
             "--resume auto)"
         )
+
+
+def fill_warmup(args: argparse.Namespace) -> None:
+    """Unless --warmup-steps was given, a tenth of --steps."""
     if args.warmup_steps is None:
         args.warmup_steps = max(1, args.steps // 10)
-    return args
 
 
 def check_engine(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -218,44 +258,6 @@ def check_reduction(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             f"--gradient-clipping {args.gradient_clipping} needs the norm of whole gradients, and with "
             "--reduce-in-subspace no process has it; leave one of them out"
         )
-
-
-def flags_of(parser: argparse.ArgumentParser, file: Path) -> list[str]:
-    """A YAML file's settings as command-line arguments, so that they are checked like them."""
-    import yaml  # transformers needs it too
-
-    try:
-        settings = yaml.safe_load(file.read_text()) or {}
-    except FileNotFoundError:
-        parser.error(f"--config {file}: no such file")
-    except yaml.YAMLError as error:
-        parser.error(f"--config {file}: not valid YAML ({' '.join(str(error).split())})")
-    if not isinstance(settings, dict):
-        parser.error(f"--config {file}: needs lines such as 'lr: 0.01'")
-    known = {flag.lstrip("-").replace("_", "-"): flag for flag in parser._option_string_actions}
-    known = {name: flag for name, flag in known.items() if name not in ("config", "help", "h", "local-rank")}
-    arguments = []
-    for key, value in settings.items():
-        name = str(key).lstrip("-").replace("_", "-")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.0)[0]
-            parser.error(f"--config {file}: there is no flag {key!r}; did you mean {near.replace('-', '_')!r}?")
-        arguments += as_arguments(parser, file, known[name], value)
-    return arguments
-
-
-def as_arguments(parser: argparse.ArgumentParser, file: Path, flag: str, value: object) -> list[str]:
-    """One setting; null and false leave the flag out."""
-    action = parser._option_string_actions[flag]
-    if value is None:
-        return []
-    if action.nargs == 0:
-        if not isinstance(value, bool):
-            parser.error(f"--config {file}: {flag} is true or false, not {value!r}")
-        return [flag] if value else []
-    if action.nargs == "+":
-        return [flag, *map(str, value if isinstance(value, list) else [value])]
-    return [f"{flag}={json.dumps(value) if isinstance(value, (dict, list, bool)) else value}"]
 
 
 def optimizer_overrides(args: argparse.Namespace) -> dict:

@@ -13,6 +13,7 @@ import torch
 from lowrank_ds.checkpoint.rotation import replace_text
 
 DIAGNOSTICS = "diagnostics.jsonl"  # in OUTPUT, of --diagnostics-every
+SCALING = "scaling.jsonl"  # in OUTPUT, of --scaling-every
 
 
 class StopWatch:
@@ -100,7 +101,7 @@ class Progress:
         """Go on after `step`: records of later steps are dropped, as those steps are done again."""
         self.last_step, self.last_time = step, time.perf_counter()
         self.training_seconds = state.get("training_seconds", 0.0)
-        for file in (self.file, self.file.with_name(DIAGNOSTICS)) if self.file else ():
+        for file in (self.file, *(self.file.with_name(name) for name in (DIAGNOSTICS, SCALING))) if self.file else ():
             if file.exists():
                 lines = file.read_text().splitlines()
                 kept = [line for line in lines if (found := _step_of(line)) is not None and found <= step]

@@ -46,7 +46,7 @@ train() {
 mkdir -p "$output"
 if [ "${QUICKSTART_SKIP_INSTALL:-0}" != 1 ]; then
     say "installing into $venv"
-    bash launch/install.sh "$python" "$venv" deepspeed,hf,docs "$output/install.log"
+    bash launch/install.sh "$python" "$venv" deepspeed,hf,report "$output/install.log"
     python=$venv/bin/python
 fi
 # The environment's own ninja and deepspeed must come first: two versions of ninja undo each other's work.

@@ -66,7 +66,7 @@ def check_run(args, run: dict) -> None:
                 raise SystemExit(f"--resume {path}: {error}") from None
             continue  # told when it is set aside
         except (KeyError, TypeError):
-            raise SystemExit(f"--resume {path}: pretrain.py did not write this checkpoint") from None
+            raise SystemExit(f"--resume {path}: neither pretrain.py nor finetune.py wrote this checkpoint") from None
         return compare(str(path), saved, run)
     arguments = Path(args.output) / "arguments.json"
     if args.resume == "auto" and arguments.exists():  # a run that has saved nothing yet, or is finished
@@ -154,7 +154,8 @@ def _unpack(args, extra: dict, local: dict | None, trainer: Trainer, batches, pr
     """Put back what is neither weight nor optimizer state; the random numbers last."""
     mean, since = extra["loss"]
     perplexity = math.nan if extra["perplexity"] is None else extra["perplexity"]
-    position = Position(extra["step"], torch.tensor(mean, device=processes.device), since, perplexity)
+    best = math.inf if extra.get("best") is None else extra["best"]  # not in checkpoints of before fine-tuning was
+    position = Position(extra["step"], torch.tensor(mean, device=processes.device), since, perplexity, best)
     restore_schedule(trainer, extra["schedule"])
     trainer.watch.before = extra["watch"]
     if local is None:  # of another number of processes

@@ -29,13 +29,14 @@ class Position:
     """Where the training loop is: what it keeps in variables.
 
     step: optimizer steps done. loss: sum of the losses of `since` steps since the last report, this process's, 0-d.
-    perplexity: the last evaluation's.
+    perplexity: the last evaluation's. best: the lowest of those whose model was kept.
     """
 
     step: int
     loss: torch.Tensor
     since: int = 0
     perplexity: float = math.nan
+    best: float = math.inf
 
 
 class Saver:
@@ -113,6 +114,7 @@ class Saver:
             "step": position.step,
             "loss": [mean_loss, position.since],
             "perplexity": None if math.isnan(position.perplexity) else position.perplexity,
+            "best": None if math.isinf(position.best) else position.best,
             "schedule": self.trainer.schedule.state_dict(),
             "progress": self.progress.state(),
             "watch": self.trainer.watch.report(),

@@ -5,9 +5,10 @@
 #
 # RANKS_PER_HOST  processes on a node (default: its GPUs)
 # MASTER_PORT     free port on the first node (default: from the job's number)
-# INTERFACE, MAX_RESTARTS, PYTHON: see torchrun.sh
+# INTERFACE, MAX_RESTARTS, PYTHON, PROGRAM: see torchrun.sh
 # With --save-every the job saves when SLURM is about to end it (SIGTERM to torchrun, five minutes before), and is queued
 # again; torchrun gives its ranks 240 seconds for the step they are in and the save (TORCH_ELASTIC_SHUTDOWN_TIMEOUT).
+# That needs --output and --save-every on the command line: this script does not read the FILE of --config.
 #SBATCH --job-name pretrain
 #SBATCH --ntasks-per-node 1
 #SBATCH --requeue
@@ -19,7 +20,7 @@ root=${SLURM_SUBMIT_DIR:-$PWD} # SLURM runs a copy of this file from another dir
 source "$root/launch/common.sh"
 way=slurm.sh
 
-[ $# -gt 0 ] || fail "give pretrain.py's arguments after launch/slurm.sh"
+[ $# -gt 0 ] || fail "give $(basename "$program")'s arguments after launch/slurm.sh"
 [ -n "${SLURM_JOB_NODELIST:-}" ] || fail "SLURM_JOB_NODELIST is not set: start with sbatch launch/slurm.sh ..., or inside salloc"
 need_program srun "install SLURM's client programs"
 need_program scontrol "install SLURM's client programs"
@@ -30,7 +31,8 @@ RANKS_PER_HOST=${RANKS_PER_HOST:-${SLURM_GPUS_ON_NODE:-}}
 [ -n "$RANKS_PER_HOST" ] || unset RANKS_PER_HOST
 ranks_per_host
 port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))} # below the ports of outgoing connections
-export NNODES=${#hosts[@]} RANKS_PER_HOST RDZV_ENDPOINT=${hosts[0]}:$port JOB_ID=${SLURM_JOB_ID:-pretrain} PYTHON=$python
+export NNODES=${#hosts[@]} RANKS_PER_HOST RDZV_ENDPOINT=${hosts[0]}:$port JOB_ID=${SLURM_JOB_ID:-pretrain}
+export PYTHON=$python PROGRAM=$program
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}
 say "${#hosts[@]} hosts (${hosts[*]}), $RANKS_PER_HOST ranks on each, meeting at $RDZV_ENDPOINT; devices here: $(devices)"
 
@@ -40,6 +42,12 @@ for argument in "$@"; do
     [[ $argument != --output=* ]] || output=${argument#--output=}
     previous=$argument
 done
+if [[ " $* " == *" --config"* ]]; then
+    missing=()
+    [ -n "$output" ] || missing+=(output)
+    [[ " $* " == *" --save-every"* ]] || missing+=(save_every)
+    [ ${#missing[@]} = 0 ] || say "WARNING: $(unseen "${missing[@]}"), so this job is NOT queued again when SLURM ends it"
+fi
 # left by the run before: a start that fails early must not be queued again because of it
 [ -z "$output" ] || rm -f "$output/preempted"
 again=()

@@ -14,10 +14,11 @@
 # RDZV_CONF       more of torchrun's --rdzv-conf, such as last_call_timeout=10
 # INTERFACE       network interface between the hosts, if their names do not resolve to the right one
 # PYTHON          the virtual environment's Python (default: python on PATH)
+# PROGRAM         what is started, with its own arguments, such as launch/finetune.py (default: pretrain.py)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-[ $# -gt 0 ] || fail "give pretrain.py's arguments (python launch/pretrain.py --help)"
+[ $# -gt 0 ] || fail "give $(basename "$program")'s arguments (python $program --help)"
 NNODES=${NNODES:-1} JOB_ID=${JOB_ID:-pretrain}
 [[ $NNODES =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || fail "NNODES=$NNODES is neither a number of hosts nor MIN:MAX"
 elastic=no
@@ -43,9 +44,10 @@ if [ $elastic = yes ] || [ "$MAX_RESTARTS" -gt 0 ]; then
     saves=' --save-every[= ]0*[1-9]' # 0 is never
     [[ $arguments =~ $saves || $arguments == *" --config"* ]] \
         || fail "ranks that are started again need a checkpoint: add --save-every N (NNODES=$NNODES, MAX_RESTARTS=$MAX_RESTARTS)"
+    [[ $arguments =~ $saves ]] || say "WARNING: $(unseen save_every). Does FILE have it? Without it every restart begins at step 0"
     [[ $arguments == *" --resume"* ]] || set -- "$@" --resume auto
     [[ $arguments == *" --timeout"* ]] || say "no --timeout: a lost link is noticed after 30 minutes only (GPUs: 10)"
 fi
 say "host $(hostname) of $NNODES, $RANKS_PER_HOST ranks here, meeting at ${RDZV_ENDPOINT:-this host}, job $JOB_ID"
 say "elastic: $elastic, restarts: $MAX_RESTARTS; devices here: $(devices)"
-exec "$python" -m torch.distributed.run "${given[@]}" "$pretrain" "$@"
+exec "$python" -m torch.distributed.run "${given[@]}" "$program" "$@"

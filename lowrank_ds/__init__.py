@@ -31,7 +31,7 @@ from lowrank_ds.int8_tensor import Int8Weight
 from lowrank_ds.int8_weights import int8_weights
 from lowrank_ds.lora_fa import LoRAFA, create_lorafa_optimizer, freeze_lora_a, lorafa_groups
 from lowrank_ds.lora_layers import recompute_dropout
-from lowrank_ds.memory import state_bytes, weight_bytes
+from lowrank_ds.memory import state_bytes, state_bytes_by_kind, weight_bytes
 from lowrank_ds.params import divide_params, param_groups
 from lowrank_ds.replicas import reduce_in_subspace
 from lowrank_ds.version import __version__
@@ -67,6 +67,7 @@ __all__ = [
     "reduce_in_subspace",
     "save_checkpoint",
     "state_bytes",
+    "state_bytes_by_kind",
     "weight_bytes",
 ]
 

@@ -11,6 +11,7 @@ import sys
 
 from lowrank_ds.algorithms import ALGORITHMS
 from lowrank_ds.doctor import command as doctor
+from lowrank_ds.report import command as report
 from lowrank_ds.version import __version__
 
 
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     _bench_command(commands, sys.argv[1:] if argv is None else argv)
     doctor.add_parser(commands)
     _plan_command(commands, sys.argv[1:] if argv is None else argv)
+    _report_commands(commands)
     given = parser.parse_args(argv)
     if given.command == "run":
         launcher = [f"--local_rank={given.local_rank}"] if given.local_rank is not None else []
@@ -56,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         print(info())
     elif given.command == "doctor":
         return doctor.main(given)
+    elif given.command in ("report", "similarity"):
+        return getattr(report, given.command)(given)
     elif given.command == "bench":
         from lowrank_ds.bench import command
 
@@ -87,6 +91,13 @@ def _plan_command(commands: argparse._SubParsersAction, argv: list[str]) -> None
         from lowrank_ds.plan import command
 
         command.add_arguments(parser)
+
+
+def _report_commands(commands: argparse._SubParsersAction) -> None:
+    """Pages and figures of the folders that launch/pretrain.py writes."""
+    report.add_report(commands.add_parser("report", help="compare runs: one HTML page, and figures as PNG"))
+    described = "how alike scaling factors are at low and at full rank: table, CSV, JSON, figures"
+    report.add_similarity(commands.add_parser("similarity", help=described))
 
 
 def _checkpoint_commands(commands: argparse._SubParsersAction) -> None:

@@ -22,25 +22,32 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_ds import engines, params
+from lowrank_ds import engines, params, scaling
 from lowrank_ds.collectives import Task, is_first, run_all
 from lowrank_ds.observe import NUMBERS, Sink
 from lowrank_ds.optimizer import LowRankOptimizer
+from lowrank_ds.projection import side_name
 from lowrank_ds.recipe import Recipe
 from lowrank_ds.requests import Sum, ask
 from lowrank_ds.slots import Slot
 
 _MEANS = ("captured_energy", "overlap", "update_rms")
+_BUCKET = 1 << 22  # numbers of scaling factors summed at a time
 _TOTALS = ("limiter_hits", "skipped_updates", "skipped_refreshes")
 
 
 class _Matrix(NamedTuple):
-    """A projected matrix, wherever its entries are. size: m * n. holders: who shares them."""
+    """A projected matrix, wherever its entries are. shape: (m, n). holders: who shares them."""
 
     name: str
-    size: int
+    shape: tuple[int, int]
     holders: engines.Sharers
     recipe: Recipe
+
+    @property
+    def lines(self) -> int:
+        """How many lines it has: rows when columns are compressed, else columns."""
+        return self.shape[0 if side_name(self.recipe.subspace.proj_type, self.shape) == "right" else 1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +80,16 @@ class Diagnostics:
 
     Args:
         optimizer: ours, or what an engine wrapped around it (DeepSpeed's engine or optimizer, accelerate's).
+        compare_scaling: also compare scaling factors with those of full-rank Adam (`scaling_factors`). It keeps
+            Adam's moments of full size for each projected matrix, and adds a collective to each step.
 
     Raises:
         TypeError: there is none of this package's optimizers in it.
-        ValueError: it projects nothing.
+        ValueError: it projects nothing; or, with `compare_scaling`, it has no scaling factors.
         RuntimeError: it is watched already.
     """
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Any, compare_scaling: bool = False) -> None:
         self.optimizer = _ours(optimizer)
         if not self.optimizer._projected:
             raise ValueError(
@@ -89,7 +98,11 @@ class Diagnostics:
             )
         if self.optimizer._observer is not None:
             raise RuntimeError("Diagnostics: this optimizer is watched already; use that object, or remove() it.")
+        self.scaling = compare_scaling
         self._sinks: dict[str, Sink] = {}
+        for group in self.optimizer.param_groups if compare_scaling else ():
+            if not self.optimizer._projected.isdisjoint(group["param_names"]):
+                scaling.check(self.optimizer.recipe(group))
         self.optimizer._observer = self
 
     def remove(self) -> None:
@@ -103,7 +116,9 @@ class Diagnostics:
         if not slot.projected:
             return None
         if slot.name not in self._sinks:
-            self._sinks[slot.name] = Sink(slot.layout, engines.local(slot.host).device)
+            device = engines.local(slot.host).device
+            factors = scaling.Factors(slot.layout, device) if self.scaling else None
+            self._sinks[slot.name] = Sink(slot.layout, device, factors)
         return self._sinks[slot.name]
 
     # -- between steps ------------------------------------------------------------------------------------------------
@@ -129,6 +144,37 @@ class Diagnostics:
         seen = [m for m in watched if known[m.name]["steps"] or known[m.name]["refused"]]
         return _report({m.name: _numbers(known[m.name], m) for m in seen})
 
+    @torch.no_grad()
+    def scaling_factors(self) -> dict[str, dict[str, Tensor]]:
+        """{matrix: {"low": (lines,), "full": (lines,)}}: mean factor of each line over the steps since the last time.
+
+        fp64, on the CPU, the same on all ranks; all must call it. low: phi(R), which Fira and APOLLO scale by; full:
+        phi(G) (`scaling.py`). Lines are rows when columns are compressed, else columns. Matrices without a step are
+        left out.
+
+        Raises:
+            RuntimeError: `compare_scaling` was not asked for.
+        """
+        if not self.scaling:
+            raise RuntimeError("scaling_factors(): build Diagnostics(optimizer, compare_scaling=True) before training.")
+        watched = list(self._watched())
+        device = next((sink.sums.device for sink in self._sinks.values()), torch.device("cpu"))
+        tasks = []
+        for matrix in watched:
+            own = torch.zeros(2 * max(matrix.shape) + 1, dtype=torch.float64, device=device)
+            sink = self._sinks.get(matrix.name)
+            if sink is not None:
+                own += sink.scaling.flat().to(device) * sink.counts  # all sharers know it whole: one of them tells
+                sink.scaling.clear()
+            tasks.append(Task(matrix.holders, ask(Sum(own)), own.numel(), "scaling factors"))
+        found = {}
+        for matrix, told in zip(watched, run_all(tasks, device, _BUCKET), strict=True):
+            *sums, steps = told.cpu().split([max(matrix.shape)] * 2 + [1])
+            if steps > 0:
+                low, full = (part[: matrix.lines] / steps for part in sums)
+                found[matrix.name] = {"low": low, "full": full}
+        return found
+
     def _sums(self, name: str, device: torch.device) -> Tensor:
         """What this rank has of a matrix (len(NUMBERS),): zeros if it holds nothing of it."""
         if name in self._sinks:
@@ -149,7 +195,7 @@ class Diagnostics:
                     holders = engines.holders(hosts[index] if own else None, optimizer._originals[name]())
                     count, m, n = params.matrices(optimizer._shapes[name], group["matricize"])
                     for i in range(count):
-                        yield _Matrix(name if count == 1 else f"{name}[{i}]", m * n, holders, recipe)
+                        yield _Matrix(name if count == 1 else f"{name}[{i}]", (m, n), holders, recipe)
 
     def jsonl(self, path: str | Path, step: int, report: Report | None = None) -> Report:
         """Collect, and let the first rank append {"step", "summary", "matrices"} as a line of JSON to a file.
@@ -201,7 +247,7 @@ def _numbers(sums: Mapping[str, float], matrix: _Matrix) -> dict[str, Any]:
     return {
         "captured_energy": sums["projected"] / sums["gradient"] if sums["gradient"] > 0 else None,
         "overlap": sums["overlap"] / sums["compared"] if sums["compared"] else None,
-        "update_rms": math.sqrt(sums["update"] / (matrix.size * updates)) if updates > 0 else None,
+        "update_rms": math.sqrt(sums["update"] / (math.prod(matrix.shape) * updates)) if updates > 0 else None,
         "limiter_hits": None if limited is None or math.isinf(limited) else round(sums["limited"]),
         "steps": round(sums["steps"]),
         "skipped_updates": round(sums["skipped"]),

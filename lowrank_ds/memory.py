@@ -33,6 +33,40 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(storages.values())
 
 
+def state_bytes_by_kind(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """`state_bytes` divided into {"moments", "projectors", "other"}, by the names of the state tensors.
+
+    moments: exp_avg and what begins so (Adafactor's means, 8-bit codes and scales with them). projectors: bases. other:
+    counters, limiter norms, sums of micro-batches, master weights, and what other optimizers call otherwise.
+    """
+    totals, seen = {"moments": 0, "projectors": 0, "other": 0}, set()
+    for name, tensor in _named(dict(optimizer.state)):
+        storage = engines.local(tensor).untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            totals[_kind(name)] += storage.nbytes()
+    return totals
+
+
+def _named(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(innermost string key, tensor) of all tensors in nested state."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _named(part, key if isinstance(key, str) else name)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _named(part, name)
+
+
+def _kind(name: str) -> str:
+    own = name.rpartition("::")[2]  # several parameters in one tensor of an engine: "name::exp_avg"
+    if own.startswith(("exp_avg", "max_exp_avg", "momentum_buffer")):
+        return "moments"
+    return "projectors" if own.startswith("projector") else "other"
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of the parameters' entries held on this rank, each parameter once; of int8 weights codes and scales."""
     return sum(_weight_bytes(p) for p in model.parameters())

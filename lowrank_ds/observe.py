@@ -6,6 +6,8 @@ at a refresh. Nothing here is read by the step, so weights are the same with and
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -14,16 +16,20 @@ from lowrank_ds.job import Job, where_live
 from lowrank_ds.layout import Layout
 from lowrank_ds.requests import Steps, Sum
 
+if TYPE_CHECKING:
+    from lowrank_ds.scaling import Factors
+
 # Sums over the steps of an interval: |R|^2, |G|^2, |dW|^2; steps the limiter cut, updates skipped; overlaps, how many
 # of them; steps; refreshes refused.
 NUMBERS = ("projected", "gradient", "update", "limited", "skipped", "overlap", "compared", "steps", "refused")
 
 
 class Sink:
-    """The sums of one matrix on this rank (len(NUMBERS),), fp64."""
+    """The sums of one matrix on this rank (len(NUMBERS),), fp64. scaling: its scaling factors, if asked for."""
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    def __init__(self, layout: Layout, device: torch.device, scaling: Factors | None = None) -> None:
         self.sums = torch.zeros(len(NUMBERS), dtype=torch.float64, device=device)
+        self.scaling = scaling
         # What all ranks know is counted by the one with the first entry of the matrix.
         self.counts = layout.numel > 0 and layout.position(layout.blocks[0])[0] == 0
 

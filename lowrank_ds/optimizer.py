@@ -414,7 +414,7 @@ class LowRankOptimizer(BoundGroups):
 
     def _facts(self, slot: Slot, group: dict[str, Any]) -> list[float]:
         """What must be the same on all ranks that share a matrix, in the order of `agreement.FACTS`."""
-        watched = float(self._observer is not None)
+        watched = 0.0 if self._observer is None else 1.0 + self._observer.scaling
         return [self._rate(group, slot.step + 1), float(group["weight_decay"]), slot.step, slot.refreshes, watched]
 
     def _report_skipped(self, slot: Slot) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lowrank_ds import accumulate, dense, linalg, lowbit, observe
+from lowrank_ds import accumulate, dense, linalg, lowbit, observe, scaling
 from lowrank_ds.axis import ENTRIES, SCALAR, Stored
 from lowrank_ds.job import (
     Job,
@@ -123,6 +123,8 @@ def projected_gradient(job: Job) -> Steps:
     if job.observe is not None and not summed:
         observe.whole_gradient(job, side, coords, squares, live)
     direction, correction, scale = yield from _direction(job, coords, side.lines, live)
+    if job.observe is not None and job.observe.scaling is not None:
+        yield from scaling.observe(job, side, coords, direction, live)
     inside = yield from _inside(job, side, basis, coords)
     factor, direction, limit = yield from recipe.residual.combine(
         coords, direction, squares, state, side.lines, live, inside

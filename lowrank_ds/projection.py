@@ -298,6 +298,10 @@ def choose(proj_type: str, layout: Layout, rank: int, replicated: bool = False) 
 
 
 def _new_side(proj_type: str, layout: Layout, rank: int, replicated: bool) -> Right | Left | TwoSided:
-    tall = layout.shape[0] >= layout.shape[1]
-    side = {"std": "right" if tall else "left", "reverse_std": "left" if tall else "right"}.get(proj_type, proj_type)
-    return SIDES[side](layout, rank, replicated)
+    return SIDES[side_name(proj_type, layout.shape)](layout, rank, replicated)
+
+
+def side_name(proj_type: str, shape: tuple[int, int]) -> str:
+    """The side ("right", "left", "full") that `proj_type` names for a matrix of shape (m, n)."""
+    tall = shape[0] >= shape[1]
+    return {"std": "right" if tall else "left", "reverse_std": "left" if tall else "right"}.get(proj_type, proj_type)

@@ -1,8 +1,9 @@
-"""A tiny pre-training job (launch/pretrain.py's `main`) whose processes are forked, and may be killed."""
+"""A tiny job of launch/pretrain.py (or another program there) whose processes are forked, and may be killed."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -69,15 +70,22 @@ def flags(data: Path, output: Path, engine: str, *more: object) -> list[str]:
 
 
 class Job:
-    """Processes that run `main`, their output in `log`."""
+    """Processes that run `main` of a program in launch/, their output in `log`."""
 
-    def __init__(self, world: int, arguments: list[str], log: Path, limits: dict[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        world: int,
+        arguments: list[str],
+        log: Path,
+        limits: dict[int, int] | None = None,
+        program: str = "pretrain",
+    ) -> None:
         """limits: {resource.RLIMIT_...: value} set in every process."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.log, self.start = log, time.monotonic()
-        given = (world, port, arguments, str(log), limits or {})
+        given = (world, port, arguments, str(log), limits or {}, program)
         context = _context()
         self.processes = [context.Process(target=_run, args=(rank, *given), daemon=True) for rank in range(world)]
         for process in self.processes:
@@ -161,7 +169,9 @@ def run(world: int, arguments: list[str], log: Path, **options: Any) -> tuple[li
     return job.wait(), job.printed()
 
 
-def _run(rank: int, world: int, port: int, arguments: list[str], log: str, limits: dict[int, int]) -> None:
+def _run(
+    rank: int, world: int, port: int, arguments: list[str], log: str, limits: dict[int, int], program: str
+) -> None:
     with open(log, "a", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -176,14 +186,13 @@ def _run(rank: int, world: int, port: int, arguments: list[str], log: str, limit
 
     import torch
 
-    from launch import pretrain
-
+    main = importlib.import_module(f"launch.{program}").main
     for kind, value in limits.items():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write beyond the limit raises
         resource.setrlimit(kind, (value, value))
     torch.set_num_threads(1)
-    sys.argv = ["pretrain.py", *arguments]
-    pretrain.main()
+    sys.argv = [f"{program}.py", *arguments]
+    main()
 
 
 def result(output: Path) -> tuple[dict[str, Any], list[dict]]:

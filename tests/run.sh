@@ -14,7 +14,7 @@ cd "$root"
 python=${TEST_PYTHON:-python3}
 if [ "${TEST_SKIP_INSTALL:-0}" != 1 ]; then
     venv=${TEST_VENV:-$root/.venv-test}
-    bash launch/install.sh "$python" "$venv" deepspeed,hf,peers,test,docs "$venv.log"
+    bash launch/install.sh "$python" "$venv" deepspeed,hf,peers,test "$venv.log"
     python=$venv/bin/python
 fi
 # The environment's own ninja and launchers must come first on PATH.

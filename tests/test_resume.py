@@ -244,7 +244,9 @@ def described(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
     from launch.tokenizer import load_tokenizer
 
     text = fingerprint_blocks(np.arange(64).reshape(8, 8))
-    return args, describe_run(args, config, plan, load_tokenizer(args.tokenizer), text, text)
+    return args, describe_run(
+        args, config, plan, load_tokenizer(args.tokenizer), {"--train-data": text, "--valid-data": text}
+    )
 
 
 CHANGES = {
@@ -261,6 +263,7 @@ CHANGES = {
     "--optimizer": (["--optimizer", "GaLoreAdamW"], '--optimizer is "GaLoreAdamW" here and "FiraAdamW" there'),
     "--optimizer-args": (["--optimizer-args", '{"alpha": 1}'], '--optimizer-args is {"alpha": 1} here and {"update_pr'),
     "--gradient-clipping": (["--gradient-clipping", "1"], "--gradient-clipping is 1.0 here and 0.0 there"),
+    "--schedule": (["--schedule", "linear"], '--schedule is "linear" here and "cosine" there'),
     "--min-lr-ratio": (["--min-lr-ratio", "0"], "--min-lr-ratio is 0.0 here and 0.1 there"),
 }
 

@@ -11,6 +11,7 @@ import pathlib
 import sys
 import tempfile
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,8 +76,8 @@ REFRESHING = " refreshing"  # what a contender's name ends in that makes new bas
 
 def _trainer(name: str, settings: dict[str, Any], processes: Any) -> Any:
     """launch/pretrain.py's trainer with this contender's optimizer."""
-    from launch import pretrain
-    from launch.optimizers import warmup_cosine
+    from launch import build, pretrain
+    from launch.optimizers import warmup_then
     from launch.options import load_ds_config, parse
 
     with tempfile.TemporaryDirectory() as folder:
@@ -86,11 +87,12 @@ def _trainer(name: str, settings: dict[str, Any], processes: Any) -> Any:
         config["zero_optimization"] = json.loads(_ds_config("fira", settings["engine"]).read_text())[
             "zero_optimization"
         ]
-    plan = pretrain.plan_batches(args, config, processes.world)
-    vocabulary, factor = Vocabulary(settings["vocabulary"]), warmup_cosine(args.steps, args.warmup_steps, 0.1)
+    plan = build.plan_batches(args, config, processes.world)
+    vocabulary, factor = Vocabulary(settings["vocabulary"]), warmup_then("cosine", args.steps, args.warmup_steps, 0.1)
+    model_of = partial(pretrain.model_of, args, vocabulary)
     if config is not None:
-        return pretrain.build_deepspeed(args, config, vocabulary, factor, processes)
-    return pretrain.build_torch(args, vocabulary, factor, plan, processes)
+        return build.build_deepspeed(args, config, model_of, factor, processes)
+    return build.build_torch(args, model_of, factor, plan, processes)
 
 
 def _ds_config(recipe: str, engine: str) -> pathlib.Path:

@@ -204,6 +204,7 @@ MESSAGES = [  # script, settings, part of the message
         {"NNODES": "2", "RANKS_PER_HOST": "1", "RDZV_ENDPOINT": "x.invalid:1"},
         "RDZV_ENDPOINT=x.invalid:1: x.invalid does not resolve here",
     ),
+    ("torchrun.sh", {"PROGRAM": "launch/none.py"}, "PROGRAM=launch/none.py: there is no such file; give one such as"),
     ("slurm.sh", {}, "SLURM_JOB_NODELIST is not set: start with sbatch launch/slurm.sh"),
     ("slurm.sh", {"SLURM_SUBMIT_DIR": "/tmp"}, "/tmp has no launch/common.sh; submit from the repository's root"),
 ]
@@ -224,15 +225,19 @@ def test_what_is_missing_is_named(tmp_path: Path, script: str, settings: dict[st
 
 def clean() -> dict[str, str]:
     """This environment without what the scripts read."""
-    names = ("HOSTFILE", "LAUNCHER", "NNODES", "PYTHON", "INTERFACE", "RANKS_PER_HOST", "MAX_RESTARTS", "JOB_ID")
-    return {k: v for k, v in os.environ.items() if k not in names and not k.startswith(("SLURM_", "RDZV_", "MASTER_"))}
+    names = ("HOSTFILE", "LAUNCHER", "NNODES", "PYTHON", "PROGRAM", "INTERFACE", "RANKS_PER_HOST", "MAX_RESTARTS")
+    kinds = ("SLURM_", "RDZV_", "MASTER_", "JOB_ID")
+    return {k: v for k, v in os.environ.items() if k not in names and not k.startswith(kinds)}
 
 
 def test_scripts_without_arguments() -> None:
     """They say whose arguments they need."""
     for script in ("deepspeed.sh", "mpirun.sh", "torchrun.sh"):
-        done = subprocess.run([LAUNCH / script], capture_output=True, text=True, env=clean())
-        assert done.returncode == 2 and "give pretrain.py's arguments" in done.stderr
+        for name in ("pretrain.py", "finetune.py"):
+            done = subprocess.run(
+                [LAUNCH / script], capture_output=True, text=True, env=clean() | {"PROGRAM": f"{LAUNCH}/{name}"}
+            )
+            assert done.returncode == 2 and f"give {name}'s arguments" in done.stderr
 
 
 FUNCTIONS = "set -euo pipefail; source launch/common.sh; "
@@ -281,14 +286,18 @@ def test_torchrun_meets_at_an_address(tmp_path: Path) -> None:
     python.write_text('#!/bin/sh\n[ "$1" = -c ] || echo "python $*"\n')
     python.chmod(0o755)
     given = {"PYTHON": str(python), "RANKS_PER_HOST": "1", "NNODES": "1:2", "RDZV_ENDPOINT": "198.51.100.7:29400"}
-    start = lambda *arguments: subprocess.run(
-        [LAUNCH / "torchrun.sh", *arguments], env=clean() | given, capture_output=True, text=True
+    start = lambda *arguments, **more: subprocess.run(
+        [LAUNCH / "torchrun.sh", *arguments], cwd=ROOT, env=clean() | given | more, capture_output=True, text=True
     )
     done = start("--save-every", "10")
     assert done.returncode == 0 and "--rdzv-endpoint 198.51.100.7:29400" in done.stdout, done.stderr
     assert done.stdout.strip().endswith("pretrain.py --save-every 10 --resume auto")
     never = start("--save-every", "0")
     assert never.returncode == 2 and "need a checkpoint: add --save-every N" in never.stderr
+    unseen = start("--config", "run.yaml", PROGRAM="launch/finetune.py")
+    assert "WARNING: torchrun.sh does not read the FILE of --config; give --save-every on the command" in unseen.stdout
+    assert unseen.stdout.strip().endswith(f"{LAUNCH}/finetune.py --config run.yaml --resume auto")
+    assert "WARNING" not in start("--config", "run.yaml", "--save-every", "10").stdout + done.stdout
 
 
 def test_slurm_script_is_queued_again_after_a_signal(tmp_path: Path) -> None:
@@ -307,7 +316,12 @@ def test_slurm_script_is_queued_again_after_a_signal(tmp_path: Path) -> None:
     given = f"--output {tmp_path} --save-every 5 --resume auto; 2 8 n1:20041 41"
     assert f"srun --nodes 2 --ntasks-per-node 1 --kill-on-bad-exit=0 bash {LAUNCH}/torchrun.sh {given}" in done.stdout
     assert "slurm.sh: 2 hosts (n1 n2), 8 ranks on each, meeting at n1:20041" in done.stdout
-    assert "saved after step 7; queued again\nscontrol requeue 41" in done.stdout
+    assert "saved after step 7; queued again\nscontrol requeue 41" in done.stdout and "WARNING" not in done.stdout
+    unseen = subprocess.run(
+        [LAUNCH / "slurm.sh", "--config", "run.yaml"], env=clean() | job | path, capture_output=True, text=True
+    )
+    assert "give --output --save-every on the command line" in unseen.stdout and "requeue" not in unseen.stdout
+    assert "so this job is NOT queued again when SLURM ends it" in unseen.stdout
     (tmp_path / "srun").write_text("#!/bin/sh\nexit 1\n")  # queued again, it ends before it trains
     done = subprocess.run(command, env=clean() | job | path, capture_output=True, text=True)
     assert done.returncode == 1 and "requeue" not in done.stdout, done.stderr
