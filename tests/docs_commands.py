@@ -230,6 +230,9 @@ def _main(run: Callable[[], object], name: str, arguments: list[str]) -> None:
         mock.patch.object(sys, "argv", [name, *arguments]),
     ):
         run()
+    raise SystemExit(
+        "it parses no command line, and was run: tests/docs_commands.py must not take it for one that does"
+    )
 
 
 def _script(path: str) -> Callable[[list[str]], None]:
@@ -283,7 +286,7 @@ def _programs() -> dict[str, Callable[[list[str]], None]]:
         text, path = file.read_text(), str(file.relative_to(ROOT))
         if "__main__" in text:
             module = path.removesuffix(".py").replace("/", ".")
-            parses = "argparse" in text or "parse(" in text
+            parses = "ArgumentParser(" in text or re.search(r"\bparse\(", text) is not None
             found[path] = _script(path) if parses else _none
             found[module] = _module(module) if parses else _none
     for script in ROOT.glob("launch/*.sh"):
