@@ -54,7 +54,7 @@ def dtype_name(args, config: dict | None) -> str:
 
 
 def compare(place: str, saved: dict, run: dict) -> None:
-    saved = _BEFORE | saved
+    saved = {flag: value for flag, value in _BEFORE.items() if flag in run} | saved
     different = [
         f"{flag} is {_short(now)} here and {_short(before)} there"
         for flag in {**saved, **run}
