@@ -25,18 +25,19 @@ _KEPT = {"PWD", "OLDPWD", "SHLVL", "_", "PATH", "RECORD"}
 
 # Nothing is found on PATH, so each command comes to the handler, which records its words and the exported names.
 _RECORDER = r"""
-command_not_found_handle() { printf '%s\0' "$@" $'\1' $(compgen -e) $'\2' >> "$RECORD"; }
+command_not_found_handle() { printf '%s\0' "$@" $'\1' "${PROGRAM-}" $(compgen -e) $'\2' >> "$RECORD"; }
 for name in kill exec source . eval; do eval "$name() { command_not_found_handle $name \"\$@\"; }"; done
 """
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command of a page: its words after expansion, and the variables set for it."""
+    """A command of a page: its words after expansion, the variables set for it, and what PROGRAM names."""
 
     where: str
     words: tuple[str, ...]
     variables: tuple[str, ...]
+    program: str = ""
 
     @property
     def omits(self) -> bool:
@@ -72,8 +73,9 @@ def recorded(block: Block, folder: Path) -> list[Command]:
     commands = []
     for part in found.split("\2\0")[:-1]:
         words, names = part.split("\1\0")
-        given = tuple(n for n in names.split("\0") if n and n not in _KEPT)
-        commands.append(Command(block.where, tuple(words.split("\0")[:-1]), given))
+        program, *names = names.split("\0")
+        given = tuple(n for n in names if n and n not in _KEPT)
+        commands.append(Command(block.where, tuple(words.split("\0")[:-1]), given, program))
     return commands
 
 
@@ -93,6 +95,7 @@ def check(command: Command) -> bool:
     _check_files(command, [program, *arguments])
     if program.endswith(".sh"):
         _check_variables(command, program)
+        program = command.program or program  # a launch script hands its arguments to it
     parser = (PROGRAMS if command.omits else PROGRAMS | WHOLE).get(program)
     if parser is None:
         raise BadCommand(f"{command.where}: {program}: not among the programs that tests/docs_commands.py knows")
@@ -290,7 +293,7 @@ def _programs() -> dict[str, Callable[[list[str]], None]]:
             found[path] = _script(path) if parses else _none
             found[module] = _module(module) if parses else _none
     for script in ROOT.glob("launch/*.sh"):
-        trains = re.search(r'"\$pretrain"|/torchrun\.sh" "\$@"', _uncommented(script.read_text()))
+        trains = re.search(r'"\$program"|/torchrun\.sh" "\$@"', _uncommented(script.read_text()))
         found[f"launch/{script.name}"] = found["launch/pretrain.py"] if trains else _none
     return found
 
