@@ -22,13 +22,21 @@ ENGINES = {
     3: ("zero1", "zero2", "zero3", "fsdp1", "fsdp2"),
     4: ("fsdp2", "hsdp", "fsdp2 tp"),
 }
+# Engines that run at 3 ranks, where nothing divides, meet two ranks with these recipes alone (time of CI).
+AT_TWO = ("galore", "galore full", "fira", "fira default", "apollo", "flora", "galore adafactor")
+
+
+def recipes(engine: str, world: int) -> list[str]:
+    """The recipes that an engine trains at a world size; at some world size each engine trains them all."""
+    twice = world == 2 and engine in ENGINES[3]
+    return [recipe for recipe in training.RECIPES if not twice or recipe in AT_TWO]
 
 
 def all_cells(rank: int, world: int) -> dict:
     """{(recipe, engine): weights}, computed by every rank, returned by rank 0."""
     found = {}
     for recipe in training.RECIPES:
-        for engine in ENGINES[world]:
+        for engine in (each for each in ENGINES[world] if recipe in recipes(each, world)):
             found[recipe, engine] = runner(engine)(rank, world, recipe)
     return found if rank == 0 else {}
 
@@ -61,14 +69,15 @@ def as_table(world: int) -> str:
     rows = [f"{'recipe':26s}" + "".join(f"{f'{e} x {world}':>14s}" for e in ENGINES[world]) + f"{'(one ulp)':>12s}"]
     for recipe in training.RECIPES:
         noise = training.largest_difference(training.one_ulp_away(recipe), reference(recipe))
-        cells = "".join(f"{found[recipe, e]:14.1e}" for e in ENGINES[world])
+        values = [found.get((recipe, e)) for e in ENGINES[world]]
+        cells = "".join(" " * 14 if value is None else f"{value:14.1e}" for value in values)
         rows.append(f"{recipe:26s}{cells}   ({noise:.1e})")
     return "\n".join(["", f"largest weight difference from one process after {training.STEPS} steps", *rows])
 
 
 @pytest.mark.parametrize("world", list(ENGINES))
 def test_weights_do_not_depend_on_sharding(world: int, capsys: pytest.CaptureFixture) -> None:
-    """Every recipe x engine cell is within fp32 rounding of one process."""
+    """Every cell is within fp32 rounding of one process."""
     torch.set_num_threads(1)
     table = as_table(world)
     with capsys.disabled():
