@@ -72,13 +72,14 @@ METHODS = (
     Method("fira-svd", "Fira, exact SVD", "FiraAdamW", _projected(subspace="svd"), like="fira"),
     Method("fira-rotate", "Fira, power, rotate", "FiraAdamW", _projected(on_refresh="rotate"), like="fira", tier=1),
     Method("fira-randomized", "Fira, randomized", "FiraAdamW", _projected(subspace="randomized"), like="fira", tier=1),
-    Method("apollo-mini", "APOLLO-Mini", "ApolloMini", {"rank": 1, "update_proj_gap": GAP}, _LOW, tier=2),
+    Method("apollo-mini", "APOLLO-Mini", "ApolloMini", {"rank": 1, "update_proj_gap": GAP}, _LOW, tier=3),
     Method("fira-paper", "Fira (as its paper)", "FiraAdamW", _projected(residual="paper"), _LOW, tier=2),
-    Method("flora", "Flora", "Flora", {"rank": RANK, "kappa": GAP}, _LOW, tier=2),
-    Method("fira-half", "Fira, rank 16", "FiraAdamW", _projected(rank=RANK // 2), like="fira", tier=3),
-    Method("apollo-half", "APOLLO, rank 16", "ApolloAdamW", _projected(rank=RANK // 2), like="apollo", tier=3),
+    Method("flora", "Flora", "Flora", {"rank": RANK, "kappa": GAP}, _LOW, tier=3),
+    Method("fira-paper-half", "Fira (as its paper), rank 16", "FiraAdamW",
+           _projected(residual="paper", rank=RANK // 2), like="fira-paper", tier=2),
+    Method("apollo-half", "APOLLO, rank 16", "ApolloAdamW", _projected(rank=RANK // 2), like="apollo", tier=4),
     Method("apollo-all", "APOLLO, embeddings and head too", "ApolloAdamW",
-           _projected(target_modules=["embed", "lm_head", "proj"]), _LOW, tier=3),
+           _projected(target_modules=["embed", "lm_head", "proj"]), _LOW, tier=4),
 )  # fmt: skip
 
 
