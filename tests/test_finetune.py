@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from launch import finetune
 from launch.examples import (
     InstructionBatches,
     cached_examples,
@@ -203,6 +205,22 @@ def test_packed_examples_do_not_see_each_other(data: Path, tokenizer: Any, model
 def model_losses(model: Any, batch: dict) -> torch.Tensor:
     """[rows, length - 1] losses."""
     return token_losses(model.eval()(**model_inputs(batch, CPU)).logits, batch["labels"]).double()
+
+
+def test_packing_is_refused_where_examples_would_see_each_other(model: Any) -> None:
+    """OPT takes position_ids and attends across them, without a word."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    opt = OPTForCausalLM(OPTConfig(vocab_size=64, num_attention_heads=2, **sizes)).eval()
+
+    def check(of: torch.nn.Module) -> None:
+        finetune.check_packing(Namespace(model="m"), Namespace(logits=lambda b: of(**model_inputs(b, CPU)).logits))
+
+    check(model.eval())
+    with pytest.raises(SystemExit, match="--packing: m lets the examples of a row see each other"):
+        check(opt)
 
 
 def test_every_trained_token_weighs_the_same(data: Path, tokenizer: Any, model: Any) -> None:
