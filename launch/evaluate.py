@@ -29,6 +29,7 @@ from launch.scoring import Judge, accuracy
 from launch.tokenizer import load_tokenizer
 from lowrank_ds.checkpoint.rotation import replace_text
 
+LEAST = {"batch_size": 1, "beams": 1, "new_tokens": 1, "limit": 1, "seq_len": 2, "eval_tokens": 1}
 COLUMNS = ("task", "questions", "accuracy", "+-", "chance", "unanswered")
 
 
@@ -51,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group("commonsense tasks").add_argument
     add("--data", type=Path, metavar="DIR", help="folder with TASK/test.json, such as LLM-Adapters' dataset/")
-    add("--tasks", nargs="+", choices=[*TASKS, "all"], default=["all"], metavar="TASK", help="default all: "
+    add("--tasks", nargs="+", choices=[*TASKS, "all"], metavar="TASK", help="default all: "
         f"{', '.join(TASKS)}")  # fmt: skip
     add("--scoring", choices=["likelihood", "generation"], default="likelihood", help="likelihood (default): the "
         "likeliest of the options an instruction allows; generation: the first option in what the model writes, as "
@@ -87,10 +88,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--data {args.data}: no such folder")
     if args.harness_path and not Path(args.harness_path).is_dir():
         parser.error(f"--harness-path {args.harness_path}: no such folder")
-    for name in ("batch_size", "beams", "new_tokens", "limit", "seq_len"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    args.tasks = list(TASKS) if "all" in args.tasks else list(dict.fromkeys(args.tasks))
+    for name, needed in (("tasks", "data"), ("predictions", "data"), ("harness_path", "harness")):
+        if getattr(args, name) and not getattr(args, needed):
+            parser.error(f"--{name.replace('_', '-')} needs --{needed}")
+    for name, least in LEAST.items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    tasks = args.tasks or ["all"]
+    args.tasks = list(TASKS) if "all" in tasks else list(dict.fromkeys(tasks))
     if not Path(args.model, "config.json").exists():
         parser.error(f"{args.model}: no config.json in there; give a HF model directory (--adapter for PEFT's)")
     return args
@@ -109,6 +114,28 @@ def load_model(args, device: torch.device) -> torch.nn.Module:
 
         model = PeftModel.from_pretrained(model, args.adapter)
     return model.to(device).eval()
+
+
+def check_fit(args, tokenizer, model: torch.nn.Module) -> int:
+    """Most tokens the model reads.
+
+    Raises:
+        SystemExit: the tokenizer, --seq-len or --new-tokens asks for more than the model has.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise SystemExit(
+            f"--tokenizer {args.tokenizer or args.model} has {len(tokenizer)} tokens, more than the {rows} of "
+            f"{args.model}"
+        )
+    context = getattr(model.config, "max_position_embeddings", None) or 1 << 20
+    if args.text and args.seq_len > context:
+        raise SystemExit(f"--seq-len {args.seq_len} exceeds max_position_embeddings {context} of {args.model}")
+    if args.data and args.scoring == "generation" and args.new_tokens >= context:
+        raise SystemExit(
+            f"--new-tokens {args.new_tokens}: {args.model} reads {context} tokens at most, and the prompt needs some"
+        )
+    return context
 
 
 def commonsense(args, judge: Judge, predictions: list[dict]) -> dict[str, dict]:
@@ -170,6 +197,8 @@ def main() -> None:
     if processes.world > 1:
         dist.init_process_group("nccl" if processes.device.type == "cuda" else "gloo", **timeout_of(args.timeout))
         limit_waits(args.timeout)
+    for file in filter(None, (args.output, args.predictions) if processes.is_main else ()):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)  # an error comes now, not after hours of work
     args.dtype = args.dtype or ("bf16" if processes.device.type == "cuda" else "fp32")
     results: dict = {"model": args.model, "adapter": args.adapter, "dtype": args.dtype}
     predictions: list[dict] = []
@@ -177,7 +206,7 @@ def main() -> None:
         tokenizer = load_tokenizer(args.tokenizer or args.model)
         model = load_model(args, processes.device)
         pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-        context = getattr(model.config, "max_position_embeddings", None) or 1 << 20
+        context = check_fit(args, tokenizer, model)
         judge = Judge(model, tokenizer, processes, args.batch_size, context, pad)
     if args.data:
         found = commonsense(args, judge, predictions)

@@ -19,8 +19,10 @@ BASELINES = {"galore": "galore-svd", "fira": "fira-svd"}  # exact SVDs, moments 
 def write_tables(page: Path, protocol: Protocol, results: dict[Run, dict]) -> None:
     """Replace what lies between the markers of `page`; keep every run's numbers in <page without .md>/evidence.json.
 
-    Raises SystemExit when the page has no markers.
+    Raises SystemExit when the page has no markers, or there are no runs.
     """
+    if not results:
+        raise SystemExit(f"{page}: there is no run to write of; leave --table-only out, or give the --output of runs")
     text = page.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise SystemExit(f"{page} needs one line {BEGIN} and one line {END}, between which the tables go")
@@ -49,7 +51,8 @@ def seeds_of(protocol: Protocol, method: Method, found: dict[Run, float]) -> dic
 def paired(values: dict[int, float], others: dict[int, float]) -> tuple[float, float, int]:
     """Mean and standard error of log(value / other) over the seeds both have, and how many those are."""
     gaps = [math.log(values[seed] / others[seed]) for seed in sorted(values.keys() & others.keys())]
-    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+    known = len(gaps) > 1 and all(map(math.isfinite, gaps))  # a seed that diverged leaves no spread
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if known else math.nan
     return (statistics.fmean(gaps) if gaps else math.nan), error, len(gaps)
 
 
@@ -108,7 +111,8 @@ def _main(protocol: Protocol, results: dict[Run, dict], found: dict[Run, float])
 
 
 def _spread(values: dict[int, float]) -> str:
-    spread = f" ± {statistics.stdev(values.values()):.2f}" if len(values) > 1 else ""
+    known = len(values) > 1 and all(map(math.isfinite, values.values()))
+    spread = f" ± {statistics.stdev(values.values()):.2f}" if known else ""
     return f"{mean(values):.2f}{spread}"
 
 

@@ -75,6 +75,8 @@ def load_examples(files: list[Path], tokenizer, template: str, limit: int, train
                 flush(group)
     if group:
         flush(group)
+    if not loaded.examples and not loaded.dropped:
+        raise SystemExit(f"{', '.join(map(str, files))}: no records in there")
     if not loaded.examples:
         raise SystemExit(f"{', '.join(map(str, files))}: no example with an answer within --seq-len {limit}")
     return loaded

@@ -25,10 +25,13 @@ from launch.examples import Example, InstructionBatches, cached_examples, collat
 from launch.finetune_options import FOR_LORA, count_steps, parse
 from launch.identity import describe_run
 from launch.lora import add_adapters, save_merged
+from launch.losses import leak
 from launch.model import build_model, save_model
 from launch.records import SUFFIXES
 from launch.run import Job, Work, execute, prepare
 from launch.tokenizer import load_tokenizer
+
+LEAK = 0.05  # of the logits' standard deviation; nought but for rounding where examples are kept apart
 
 
 def load_data(args, tokenizer, is_main: bool) -> tuple[list[Example], list[Example]]:
@@ -83,6 +86,16 @@ def check_model(args, config: dict | None) -> None:
         raise SystemExit(
             f'--method lorafa needs "type": "LoRAFA" in the optimizer section of {args.deepspeed_config}, not '
             f"{config['optimizer']['type']!r}"
+        )
+
+
+def check_packing(args, trainer) -> None:
+    """Refuse --packing of a model to which the examples of a row are one text."""
+    found = leak(trainer.logits)
+    if found > LEAK:
+        raise SystemExit(
+            f"--packing: {args.model} lets the examples of a row see each other (logits move by {found:.2g} of their "
+            "spread): its attention does not look at where positions begin again; leave --packing out"
         )
 
 
@@ -142,6 +155,7 @@ def work_of(args, job: Job) -> Work:
             "examples": len(train),
         },
         keep_best=args.keep == "best",
+        check=lambda trainer: check_packing(args, trainer) if args.packing else None,
     )
 
 

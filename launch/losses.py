@@ -6,6 +6,8 @@ its losses is divided by: the same for every micro-batch of a step, so that each
 the step is dealt to processes and micro-batches.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,3 +41,18 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(
         logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none", ignore_index=IGNORED
     )
+
+
+@torch.no_grad()
+def leak(logits_of: Callable[[Batch], Tensor]) -> float:
+    """How much of a packed example's logits comes from the example before it, in their standard deviations.
+
+    0 to rounding where the model looks at where positions begin again. Bloom, Falcon, Mamba, MPT and OPT do not
+    (transformers 5.23).
+    logits_of: the model in evaluation mode, such as `Trainer.logits`.
+    """
+    size = 8
+    first, second, same = (torch.arange(size) + start for start in (3, 3 + size, 3 + 2 * size))
+    ids = torch.stack([torch.cat([first, same]), torch.cat([second, same])])
+    logits = logits_of({"input_ids": ids, "position_ids": torch.arange(size).repeat(2, 2)})[:, size:].float()
+    return ((logits[0] - logits[1]).abs().max() / logits.std()).item()

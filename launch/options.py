@@ -11,6 +11,7 @@ from launch.flags_file import flags_of
 ENGINES = ("ddp", "fsdp1", "fsdp2", "hsdp", "deepspeed")
 CLIPS = ("two_pass", "previous", "per_tensor")
 FLOORS = {"cosine": 0.1, "linear": 0.0}  # --schedule, and where it ends unless --min-lr-ratio says so
+LEAST = {"steps": 1, "log_every": 1, "seq_len": 2, "hsdp_shard": 1, "eval_tokens": 1, "batch_size": 1, "micro_batch": 1}
 SUMS = ("compress_accumulation", "accumulation_compression_rank")
 
 
@@ -177,9 +178,9 @@ def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespa
     check_reduction(parser, args)
     if not isinstance(args.optimizer_args, dict):
         parser.error("--optimizer-args must be a JSON object such as '{\"alpha\": 0.25}'")
-    for name in ("steps", "log_every", "seq_len", "hsdp_shard"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name, least in LEAST.items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
     args.min_lr_ratio = FLOORS[args.schedule] if args.min_lr_ratio is None else args.min_lr_ratio
     if not 0 <= args.min_lr_ratio <= 1:
         parser.error("--min-lr-ratio must be in [0, 1]")

@@ -57,12 +57,15 @@ def read_records(path: Path) -> Iterator[tuple[str, dict]]:
             yield f"{path}, row {number}", row
         return
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        start = file.read(1)
-        while start.isspace():
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as file:  # with or without the mark that Windows writes in front
             start = file.read(1)
-        file.seek(0)
-        yield from _listed(path, file) if start == "[" else _lines(path, file)
+            while start.isspace():
+                start = file.read(1)
+            file.seek(0)
+            yield from _listed(path, file) if start == "[" else _lines(path, file)
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise RecordError(f"{path}: is not UTF-8 text, or not what its suffix says ({error})") from None
 
 
 def _listed(path: Path, file) -> Iterator[tuple[str, dict]]:
@@ -93,6 +96,8 @@ def _object(where: str, record: object) -> tuple[str, dict]:
 def text_of(where: str, record: dict, key: str, default: str | None = None, blank: bool = True) -> str:
     """A field that must be text. default: for a missing one (else an error); blank: whether "" will do."""
     value = record.get(key, default)
+    if value is None and key in record:
+        raise RecordError(f"{where}: {key!r} is null, not text")
     if value is None:
         raise RecordError(f"{where}: has no key {key!r}; its keys are {sorted(record)}")
     if not isinstance(value, str):

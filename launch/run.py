@@ -55,6 +55,7 @@ class Work:
     tokens_per_step: float  # on average
     facts: dict
     keep_best: bool = False
+    check: Callable[[Trainer], None] = lambda trainer: None
 
 
 def prepare(args) -> Job:
@@ -84,6 +85,7 @@ def execute(args, job: Job, work: Work) -> None:
         trainer = build_torch(args, work.model_of, factor, plan, processes)
     progress = Progress(output, args.steps, work.tokens_per_step, processes.is_main)
     processes.meet(args.timeout)
+    work.check(trainer)
     at = restore(args, trainer, work.batches, progress, processes)
     if processes.is_main:
         announce(args, config, work, trainer, plan, processes)

@@ -35,11 +35,20 @@ class Judge:
     pad: int
 
     def likelihood(self, questions: Sequence[Question]) -> Scored:
-        """The option for which log p("the correct answer is OPTION" | prompt), summed over tokens, is highest."""
+        """The option for which log p("the correct answer is OPTION" | prompt), summed over tokens, is highest.
+
+        Raises:
+            SystemExit: a score is no number, so that no option is the likeliest.
+        """
         rows = [(n, option) for n, question in enumerate(questions) for option in question.options]
         texts = [([(questions[n].prompt, False), (RESPONSE + option, True)], False) for n, option in rows]
         examples = [_last(e, self.context) for e, _ in encode(texts, self.tokenizer, 1 << 30, False)]
         scores = self._dealt([len(e.ids) for e in examples], lambda some: self._scores([examples[i] for i in some]))
+        if bad := sum(map(math.isnan, scores)):  # max() would take the first option, and the table look like a result
+            raise SystemExit(
+                f"the model's likelihood of {bad} of {len(scores)} answers is nan: its training has diverged, or it "
+                "overflows in this --dtype (try --dtype fp32)"
+            )
         table: list[dict[str, float]] = [{} for _ in questions]
         for (number, option), score in zip(rows, scores, strict=True):
             table[number][option] = score

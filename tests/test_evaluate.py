@@ -118,6 +118,32 @@ def test_likelihood_is_the_sum_over_the_answers_tokens(data: Path) -> None:
     assert scored.chosen == [max(s, key=s.get) for s in scored.detail]
 
 
+def test_a_model_that_gives_no_number_has_no_accuracy(data: Path) -> None:
+    """The first option of every question is not an answer."""
+    judge = judge_of(data / "model", 4)
+    with torch.no_grad():
+        judge.model.lm_head.weight.fill_(math.nan)
+    with pytest.raises(SystemExit, match="likelihood of 10 of 10 answers is nan"):
+        judge.likelihood(load_task(data / "dataset", "piqa", "plain", None))
+
+
+def test_what_the_model_has_not_is_refused(data: Path) -> None:
+    """More tokens than embeddings, sequences or answers longer than the context."""
+    judge, place = judge_of(data / "model", 4), str(data / "model")
+
+    def check(*flags: str, more: int = 0) -> int:
+        tokenizer = range(len(judge.tokenizer) + more)
+        return evaluate.check_fit(evaluate.parse([place, *flags]), tokenizer, judge.model)
+
+    assert check("--text", "t", "--seq-len", "256") == 256
+    with pytest.raises(SystemExit, match=f"331 tokens, more than the 330 of {place}"):
+        check("--text", "t", more=1)
+    with pytest.raises(SystemExit, match="--seq-len 257 exceeds max_position_embeddings 256"):
+        check("--text", "t", "--seq-len", "257")
+    with pytest.raises(SystemExit, match="--new-tokens 256: .* reads 256 tokens at most"):
+        check("--data", str(data), "--scoring", "generation", "--new-tokens", "256")
+
+
 def test_commonsense(data: Path, tmp_path: Path) -> None:
     """The tuned model answers rightly, the untrained one does not; two processes say what one does."""
     asked = ("--data", data / "dataset", "--template", "plain", "--batch-size", 6)
@@ -188,6 +214,10 @@ def test_wrong_flags(data: Path, capsys: pytest.CaptureFixture) -> None:
         ([str(data), "--harness", "a", "--harness-path", "/nonexistent"], "--harness-path /nonexistent: no such fold"),
         ([str(data), "--data", str(data)], "no config.json"),
         ([str(data / "model"), "--data", str(data), "--batch-size", "0"], "--batch-size must be at least 1"),
+        ([str(data / "model"), "--text", "t", "--eval-tokens", "-5"], "--eval-tokens must be at least 1"),
+        ([str(data / "model"), "--text", "t", "--seq-len", "1"], "--seq-len must be at least 2"),
+        ([str(data / "model"), "--text", "t", "--tasks", "boolq"], "--tasks needs --data"),
+        ([str(data / "model"), "--text", "t", "--predictions", "p"], "--predictions needs --data"),
     ):
         with pytest.raises(SystemExit):
             evaluate.parse(arguments)

@@ -131,6 +131,13 @@ def test_tables(tmp_path, monkeypatch):
     kept = json.loads((tmp_path / "results" / "evidence.json").read_text())
     assert len(kept["runs"]) == len(results) and kept["protocol"]["steps"] == 300
 
+    with pytest.raises(SystemExit, match="there is no run to write of"):
+        evidence_table.write_tables(page, protocol, {})
+    lost = {run: result | ({"perplexity": None} if run[0] == "galore" and run.seed == 2 else {})
+            for run, result in results.items()}  # fmt: skip
+    evidence_table.write_tables(page, protocol, lost)
+    assert "| GaLore | 0.08 | inf | 3 | +inf % ± nan |" in page.read_text(), "a seed that diverged is told"
+
     page.write_text("no markers")
     with pytest.raises(SystemExit, match="needs one line <!-- evidence: begin -->"):
         evidence_table.write_tables(page, protocol, results)

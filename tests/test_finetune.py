@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from launch import finetune
 from launch.examples import (
     InstructionBatches,
     cached_examples,
@@ -86,6 +88,8 @@ BAD = {
     "a number": ([{**GOOD, "instruction": 3}], "record 1: 'instruction' is int, not text"),
     "a list": ([GOOD, GOOD, ["a"]], "record 3: is list, not an object"),
     "unknown": ([{"text": "a"}], r"record 1: has none of the keys 'instruction' .* its keys are \['text'\]"),
+    "null": ([{**GOOD, "output": None}], "record 1: 'output' is null, not text"),
+    "another encoding": ('[{"prompt": "\udce9"}]', "is not UTF-8 text"),
     "no completion": ([{"prompt": "a"}], "record 1: has no key 'completion'"),
     "no content": ([TURNS], "record 1, message 2: has no key 'content'"),
     "no answer": ([{"messages": [{"role": "user", "content": "hi"}]}], "record 1: .* no message whose role is 'assist"),
@@ -99,11 +103,23 @@ def test_bad_records_are_named(name: str, tmp_path: Path, tokenizer: Any) -> Non
     """File, record or line, and key."""
     content, message = BAD[name]
     path = tmp_path / "file.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    text = content if isinstance(content, str) else json.dumps(content)
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
     tokenizer.chat_template = commonsense.CHAT
     with pytest.raises(RecordError, match=message) as error:
         load_examples([path], tokenizer, "llm-adapters", 256, False)
     assert str(path) in str(error.value)
+
+
+def test_files_without_records_say_so(tmp_path: Path, tokenizer: Any) -> None:
+    """--seq-len has nothing to do with it. A byte-order mark is no record either."""
+    path = tmp_path / "file.json"
+    for content in ("", "[]", "\n\n"):
+        path.write_text(content)
+        with pytest.raises(SystemExit, match="file.json: no records in there"):
+            load_examples([path], tokenizer, "plain", 256, False)
+    path.write_text(json.dumps([GOOD]), encoding="utf-8-sig")
+    assert len(load_examples([path], tokenizer, "plain", 256, False).examples) == 1
 
 
 def test_all_file_forms_hold_the_same(tmp_path: Path) -> None:
@@ -203,6 +219,22 @@ def test_packed_examples_do_not_see_each_other(data: Path, tokenizer: Any, model
 def model_losses(model: Any, batch: dict) -> torch.Tensor:
     """[rows, length - 1] losses."""
     return token_losses(model.eval()(**model_inputs(batch, CPU)).logits, batch["labels"]).double()
+
+
+def test_packing_is_refused_where_examples_would_see_each_other(model: Any) -> None:
+    """OPT takes position_ids and attends across them, without a word."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    opt = OPTForCausalLM(OPTConfig(vocab_size=64, num_attention_heads=2, **sizes)).eval()
+
+    def check(of: torch.nn.Module) -> None:
+        finetune.check_packing(Namespace(model="m"), Namespace(logits=lambda b: of(**model_inputs(b, CPU)).logits))
+
+    check(model.eval())
+    with pytest.raises(SystemExit, match="--packing: m lets the examples of a row see each other"):
+        check(opt)
 
 
 def test_every_trained_token_weighs_the_same(data: Path, tokenizer: Any, model: Any) -> None:
