@@ -264,6 +264,8 @@ WRONG = {
     "--steps 3 --valid-size 0": "--valid-size is a number of records",
     "--steps 3 --min-lr-ratio 2 --optimizer AdamW": "--min-lr-ratio must be in [0, 1]",
     "--steps 3 --log-every 0 --optimizer AdamW": "--log-every must be at least 1",
+    "--steps 3 --batch-size 0 --optimizer AdamW": "--batch-size must be at least 1",
+    "--steps 3 --seq-len 1 --optimizer AdamW": "--seq-len must be at least 2",
 }
 
 
