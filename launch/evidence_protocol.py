@@ -77,6 +77,8 @@ METHODS = (
     Method("flora", "Flora", "Flora", {"rank": RANK, "kappa": GAP}, _LOW, tier=3),
     Method("fira-paper-half", "Fira (as its paper), rank 16", "FiraAdamW",
            _projected(residual="paper", rank=RANK // 2), like="fira-paper", tier=2),
+    Method("fira-paper-24", "Fira (as its paper), rank 24", "FiraAdamW",
+           _projected(residual="paper", rank=RANK * 3 // 4), like="fira-paper", tier=2),
     Method("apollo-half", "APOLLO, rank 16", "ApolloAdamW", _projected(rank=RANK // 2), like="apollo", tier=4),
     Method("apollo-all", "APOLLO, embeddings and head too", "ApolloAdamW",
            _projected(target_modules=["embed", "lm_head", "proj"]), _LOW, tier=4),

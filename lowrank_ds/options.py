@@ -220,13 +220,18 @@ def check(options: Mapping[str, Any], known: Mapping[str, Any], where: str) -> N
         where: how to name the place in a message, such as "FiraAdamW".
 
     Raises:
-        ValueError: an unknown name (with the nearest known one) or a value out of range.
+        ValueError: an unknown name (with the nearest known one), one without a check, or a value out of range.
     """
     for name, value in options.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{where}: unknown option {name!r}{hint} Known options: {', '.join(known)}.")
+        if name not in CHECKS:
+            raise ValueError(
+                f"{where}: option {name!r} is in its OPTIONS, and lowrank_ds.options.CHECKS has no check of it. "
+                "Add one (docs/extend.md)."
+            )
         accept, meaning = CHECKS[name]
         if value == "auto" and not accept(value):
             raise ValueError(f'{where}: {name} is "auto", which only Hugging Face\'s Trainer fills in; give a value.')

@@ -109,13 +109,13 @@ def test_importing_needs_only_torch() -> None:
 
 
 def test_documented_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python blocks of README.md and docs/extend.md run (DeepSpeed's are covered by test_deepspeed.py)."""
+    """Python blocks of README.md run (those of docs/: test_docs.py; DeepSpeed's: test_deepspeed.py)."""
     import torch
 
     monkeypatch.chdir(tmp_path)  # the README saves a checkpoint
     model = torch.nn.ModuleDict({"attn": torch.nn.Linear(256, 192), "mlp": torch.nn.Linear(192, 256)})
     ran = 0
-    for name in ("README.md", "docs/extend.md"):
+    for name in ("README.md",):
         page = {"model": model}
         for block in re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S):
             if "deepspeed" not in block:
