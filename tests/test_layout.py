@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_ds import linalg, pipeline
-from lowrank_ds.algorithms import ALGORITHMS, FiraAdamW, Flora, GaLoreAdafactor, GaLoreAdamW
+from lowrank_ds.algorithms import ApolloAdamW, FiraAdamW, Flora, GaLoreAdafactor, GaLoreAdamW
 from lowrank_ds.job import Job
 from lowrank_ds.layout import Flat, Layout, Tiled, torch_chunks
 from lowrank_ds.requests import finish_alone
@@ -149,7 +149,7 @@ RECIPES = [
     (GaLoreAdafactor, {"proj_type": "std", "beta1": 0.9}),
     (FiraAdamW, {"proj_type": "left"}),
     (FiraAdamW, {"proj_type": "right", "subspace": "randomized", "scaling": "matrix"}),
-    (ALGORITHMS[3], {"proj_type": "std"}),
+    (ApolloAdamW, {"proj_type": "std"}),
     (Flora, {"proj_type": "right", "kappa": 2}),
     (Flora, {"proj_type": "left", "kappa": 2}),
 ]
