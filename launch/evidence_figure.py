@@ -35,7 +35,7 @@ def draw(target: Path, protocol: Protocol, results: dict[Run, dict]) -> None:
             color=GREY,
         )
     axes.annotate(
-        "state*", (1.02, -1), xycoords=("axes fraction", "data"), va="center", color=GREY, annotation_clip=False
+        "state", (1.02, -1), xycoords=("axes fraction", "data"), va="center", color=GREY, annotation_clip=False
     )
     axes.set(yticks=range(len(rows)), yticklabels=[method.label for _, method in rows], xlabel="held-out perplexity")
     axes.invert_yaxis()

@@ -117,7 +117,12 @@ def _spread(values: dict[int, float]) -> str:
 
 
 def _percent(gap: float, error: float) -> str:
-    return f"{100 * math.expm1(gap):+.1f} % ± {100 * error:.1f}"
+    return f"{100 * math.expm1(gap):+.1f} %{_error(100 * error, 1)}"
+
+
+def _error(error: float, digits: int) -> str:
+    """Standard error after a number; one seed has none."""
+    return f" ± {error:.{digits}f}" if math.isfinite(error) else ""
 
 
 def _published(name: str) -> str:
@@ -141,7 +146,7 @@ def _refreshes(protocol: Protocol, found: dict[Run, float]) -> str:
                 continue
             gap, error, pairs = paired(values, exact)
             how = method.options.get("subspace", "power"), method.options.get("on_refresh", "keep")
-            against = "" if method.name == baseline else f"{gap:+.4f} ± {error:.4f} ({pairs} pairs)"
+            against = "" if method.name == baseline else f"{gap:+.4f}{_error(error, 4)} ({pairs} pairs)"
             lines.append(f"| {known[name].label} | `{how[0]}` | {how[1]} | {_spread(values)} | {against} |")
     return "\n".join(lines) + "\n"
 

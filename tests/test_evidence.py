@@ -138,6 +138,9 @@ def test_tables(tmp_path, monkeypatch):
     evidence_table.write_tables(page, protocol, lost)
     assert "| GaLore | 0.08 | inf | 3 | +inf % ± nan |" in page.read_text(), "a seed that diverged is told"
 
+    first = {run: record for run, record in results.items() if run.seed == 0}
+    assert "nan" not in evidence_table.render(protocol, first), "one seed has no spread"
+
     page.write_text("no markers")
     with pytest.raises(SystemExit, match="needs one line <!-- evidence: begin -->"):
         evidence_table.write_tables(page, protocol, results)
