@@ -72,12 +72,12 @@ def run_page(rank: int, world: int, blocks: list[Block], folder: str) -> int:
 
 def compiled(page: str, line: int, text: str) -> Any:
     """Code whose tracebacks name the page and its line."""
-    return compile("\n" * (line - 1) + text, page, "exec")
+    return compile("\n" * (line - 1) + text, page, "exec", dont_inherit=True)  # not this file's annotations
 
 
 def prepare_folder(folder: Path) -> None:
-    """Go to an empty folder that has what relative paths in the pages mean: ds_configs/, launch/."""
-    for name in ("ds_configs", "launch"):
+    """Go to an empty folder that has what relative paths in the pages mean: ds_configs/, launch/, LICENSE."""
+    for name in ("ds_configs", "launch", "LICENSE"):
         (folder / name).symlink_to(ROOT / name)
     os.chdir(folder)
 

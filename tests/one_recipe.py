@@ -8,7 +8,7 @@ tests/test_sharded.py does the same with all recipes, engines and numbers of ran
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import torch
 
@@ -22,17 +22,20 @@ def cells(rank: int, world: int, recipe: str, engines: tuple[str, ...]) -> dict[
     return found if rank == 0 else {}
 
 
-def main(recipe: str, *engines: str) -> int:
+def main() -> int:
     """Print the largest weight differences; 1 if one is above the tests' limit."""
-    known = test_sharded.ENGINES[2]
-    if recipe not in training.RECIPES or not set(engines) <= set(known):
-        print(f"give one of {', '.join(training.RECIPES)}, and engines of {', '.join(known)}", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(description="One recipe under two ranks, against one process.")
+    parser.add_argument("recipe", choices=training.RECIPES, help="a row of tests/training.py RECIPES")
+    parser.add_argument("engines", nargs="*", help=f"of {', '.join(test_sharded.ENGINES[2])}; zero2 zero3 fsdp2")
+    given = parser.parse_args()
+    recipe, engines = given.recipe, tuple(given.engines) or ("zero2", "zero3", "fsdp2")
+    if not set(engines) <= set(test_sharded.ENGINES[2]):
+        parser.error(f"engines are {', '.join(test_sharded.ENGINES[2])}; got {', '.join(engines)}")
     torch.set_num_threads(1)
     alone, far = training.one_process(recipe), training.largest_difference
     print(f"one process: moved by {far(alone, training.weights_of(training.tiny_llama())):.1e}", flush=True)
     print(f"one ulp in the initial weights: {far(training.one_ulp_away(recipe), alone):.1e}", flush=True)
-    found = launch(2, cells, recipe, engines or ("zero2", "zero3", "fsdp2"))[0]
+    found = launch(2, cells, recipe, engines)[0]
     apart = {engine: far(weights, alone) for engine, weights in found.items()}
     for engine, difference in apart.items():
         print(f"{engine} x 2: {difference:.1e}")
@@ -40,6 +43,4 @@ def main(recipe: str, *engines: str) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    sys.exit(main(*sys.argv[1:]))
+    raise SystemExit(main())
