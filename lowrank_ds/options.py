@@ -229,8 +229,8 @@ def check(options: Mapping[str, Any], known: Mapping[str, Any], where: str) -> N
             raise ValueError(f"{where}: unknown option {name!r}{hint} Known options: {', '.join(known)}.")
         if name not in CHECKS:
             raise ValueError(
-                f"{where}: option {name!r} is in its OPTIONS, and lowrank_ds.options.CHECKS has no check of it. Add one "
-                "(docs/extend.md)."
+                f"{where}: option {name!r} is in its OPTIONS, and lowrank_ds.options.CHECKS has no check of it. "
+                "Add one (docs/extend.md)."
             )
         accept, meaning = CHECKS[name]
         if value == "auto" and not accept(value):

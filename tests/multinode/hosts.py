@@ -314,7 +314,8 @@ def keep_up(count: int) -> None:
         with Hosts(count) as hosts:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit())
             print(f"up: {', '.join(f'{name} {hosts.address(name)}' for name in hosts.names)}; pdsh: {hosts.pdsh}")
-            print("python -m tests.multinode.hosts run host1 bash    # in another terminal; Ctrl-C here ends all", flush=True)
+            again = "python -m tests.multinode.hosts run host1 bash    # in another terminal; Ctrl-C here ends all"
+            print(again, flush=True)
             signal.pause()
     except KeyboardInterrupt:
         return
