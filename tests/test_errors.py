@@ -295,6 +295,16 @@ def test_a_name_taken_on_torch_optim_is_refused(monkeypatch) -> None:
         lowrank_ds._register()
 
 
+def test_an_option_without_a_check_says_where_to_add_one() -> None:
+    """Who adds an algorithm with an option of its own meets this first (docs/extend.md)."""
+
+    class Mine(GaLoreAdamW):
+        OPTIONS = {**GaLoreAdamW.OPTIONS, "omega": 1.0}
+
+    with pytest.raises(ValueError, match=r"Mine: option 'omega' is in its OPTIONS.*CHECKS has no check of it"):
+        Mine(named(), rank=2, omega=2.0)
+
+
 @pytest.mark.parametrize("version", ["0.18.9", "0.20.0", "1.0.0+cu130"])
 def test_untested_deepspeed_versions_are_refused(version: str, monkeypatch) -> None:
     """ZeRO's internals are private: other versions are named, with the way out."""
