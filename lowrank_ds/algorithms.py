@@ -11,138 +11,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowrank_ds.optimizer import LowRankOptimizer
-from lowrank_ds.options import COMMON, settled
+from lowrank_ds.options import COMMON
+from lowrank_ds.parts import (
+    ADAFACTOR,
+    ADAMW,
+    BASIS,
+    WHOLE,
+    AdafactorBased,
+    AdamWBased,
+    adafactor_of,
+    adam_of,
+    exact_sums,
+    refuse_compressed_accumulation,
+    require_orthonormal,
+    storage_of,
+    subspace_of,
+)
 from lowrank_ds.recipe import Accumulation, Momentum, Recipe, Storage
 from lowrank_ds.residual import Drop, ScaleGradient, ScaleResidual
-from lowrank_ds.rules import SGD, Adafactor, Adam
-from lowrank_ds.subspace import Subspace
-
-_ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0, "correct_bias": True,
-          "compile": False}  # fmt: skip
-_BASIS = {"rank": 128, "update_proj_gap": 200, "subspace": None}
-_ADAFACTOR = {
-    "lr": None, "eps": (1e-30, 1e-3), "clip_threshold": 1.0, "decay_rate": -0.8, "beta1": None, "weight_decay": 0.0,
-    "scale_parameter": True, "relative_step": None, "warmup_init": False,
-}  # fmt: skip
-_WHOLE = {"rank": None} | {
-    k: COMMON[k] for k in ("target_modules", "exclude", "matricize", "seed", "stochastic_rounding")
-}
+from lowrank_ds.rules import SGD
 
 
-def _subspace(group: Mapping[str, Any], every: str = "update_proj_gap", **fixed: Any) -> Subspace | None:
-    if group["rank"] is None:
-        return None
-    method = {"subspace": "gaussian", **group, **settled(group)}["subspace"]
-    chosen = {"method": method, "every": group[every]}
-    shared = {
-        k: group[k] for k in ("rank", "proj_type", "on_refresh", "oversample", "cold_every", "stagger") if k in group
-    }
-    lazy = group["lazy_threshold"] if group.get("lazy_refresh") else None
-    replicated = group.get("projector_storage") == "replicated"
-    how = Subspace(**shared, **{**chosen, **fixed}, replicated=replicated, lazy=lazy)
-    _check_storage(how, group.get("projector_storage"))
-    if how.on_refresh == "rotate" and (how.method == "gaussian" or how.proj_type == "full"):
-        raise ValueError(
-            'on_refresh="rotate" needs one orthonormal basis: use subspace="svd", "randomized" or "power" and a '
-            'proj_type other than "full", or on_refresh="keep".'
-        )
-    if lazy is not None and (how.method == "gaussian" or how.proj_type == "full"):
-        raise ValueError(
-            'lazy_refresh compares one orthonormal basis with the one before it: use subspace="svd", "randomized" or '
-            '"power" and a proj_type other than "full", or leave lazy_refresh out.'
-        )
-    if how.proj_type == "full" and how.method != "svd":
-        raise ValueError('proj_type="full" projects both sides and needs subspace="svd". Leave subspace out.')
-    return how
-
-
-def _check_storage(how: Subspace, storage: str | None) -> None:
-    if storage is not None and (how.method == "gaussian") != (storage == "seed"):
-        raise ValueError(
-            f"projector_storage={storage!r} does not go with subspace={how.method!r}: gaussian bases are drawn again "
-            'from their seed ("seed"), others are stored ("sharded" or "replicated"). Leave it out to get what fits.'
-        )
-
-
-def _storage(group: Mapping[str, Any]) -> Storage:
-    """How state is kept between steps."""
-    if group["projector_dtype"] != "fp32" and group["rank"] is not None and group["subspace"] == "gaussian":
-        raise ValueError(
-            f'projector_dtype={group["projector_dtype"]!r}: subspace="gaussian" stores no projector, it is drawn again '
-            "from its seed. Leave projector_dtype out."
-        )
-    return Storage(group["moments"], group["projector_dtype"], group["min_8bit_size"])
-
-
-def _exact_sums(group: Mapping[str, Any]) -> Accumulation | None:
-    """Micro-batches summed in the recipe's own subspace, for recipes that use nothing outside it."""
-    if not group["compress_accumulation"]:
-        return None
-    return None if group["rank"] is None else Accumulation()
-
-
-def _no_exact_sums(group: Mapping[str, Any], why: str) -> None:
-    if group["compress_accumulation"]:
-        raise ValueError(
-            f"compress_accumulation=True sums micro-batches in the subspace, and {why}. Leave it out: whole gradients "
-            "are summed, sharded as the engine shards them."
-        )
-
-
-def _orthonormal(how: Subspace | None, what: str) -> None:
-    if how is not None and (how.method == "gaussian" or how.proj_type == "full"):
-        raise ValueError(
-            f'{what} needs an orthonormal basis on one side: use subspace="svd", "randomized" or "power", and a '
-            'proj_type other than "full".'
-        )
-
-
-def _adam(group: Mapping[str, Any]) -> Adam:
-    if isinstance(group["eps"], (tuple, list)):
-        raise ValueError(f"eps must be one number, got {group['eps']}.")
-    return Adam(tuple(group["betas"]), group["eps"], group["correct_bias"], group["compile"])
-
-
-def _adafactor(group: Mapping[str, Any], **fixed: Any) -> Adafactor:
-    if not isinstance(group["eps"], (tuple, list)):
-        raise ValueError(f"eps must be two numbers (squared gradients, parameter scale), got {group['eps']}.")
-    names = ("clip_threshold", "decay_rate", "beta1", "scale_parameter")
-    return Adafactor(eps=tuple(group["eps"]), **({n: group[n] for n in names if n not in fixed} | fixed))
-
-
-class _AdamW(LowRankOptimizer):
-    @classmethod
-    def check_group(cls, group: Mapping[str, Any]) -> None:
-        super().check_group(group)
-        if group["lr"] is None:
-            raise ValueError("lr is null; AdamW-based algorithms need a learning rate.")
-
-
-class _Adafactor(LowRankOptimizer):
-    @staticmethod
-    def _is_relative(group: Mapping[str, Any]) -> bool:
-        return group["lr"] is None if group["relative_step"] is None else group["relative_step"]
-
-    @classmethod
-    def check_group(cls, group: Mapping[str, Any]) -> None:
-        super().check_group(group)
-        relative = cls._is_relative(group)
-        if relative and group["lr"] is not None:
-            raise ValueError("lr and relative_step=True exclude each other.")
-        if group["warmup_init"] and not relative:
-            raise ValueError("warmup_init=True requires relative_step=True.")
-        if not relative and group["lr"] is None:
-            raise ValueError("lr is null and relative_step is false: give one of them.")
-
-    @classmethod
-    def learning_rate(cls, group: Mapping[str, Any], step: int) -> float:
-        """lr, or Adafactor's relative step min(1e-2 or 1e-6 t, 1 / sqrt(t)) when lr is not given."""
-        if not cls._is_relative(group):
-            return float(group["lr"])
-        return min(1e-6 * step if group["warmup_init"] else 1e-2, 1.0 / math.sqrt(step))
-
-
-class GaLoreAdamW(_AdamW):
+class GaLoreAdamW(AdamWBased):
     """GaLore (arXiv:2403.03507, Algorithm 2; package galore-torch): Adam on P^T G, the residual dropped.
 
     W <- (1 - eta wd) W - eta scale N B^T.
@@ -152,14 +42,14 @@ class GaLoreAdamW(_AdamW):
     "power", with proj_type="full" "svd"; the package: "svd"), on_refresh.
     """
 
-    OPTIONS = {**_ADAMW, **_BASIS, "scale": 0.25, **COMMON}
+    OPTIONS = {**ADAMW, **BASIS, "scale": 0.25, **COMMON}
 
     @classmethod
     def recipe(cls, group: Mapping[str, Any]) -> Recipe:
         """Adam in the subspace, residual dropped."""
         return Recipe(
-            _adam(group), _subspace(group), Drop(group["scale"]), accumulation=_exact_sums(group),
-            storage=_storage(group),
+            adam_of(group), subspace_of(group), Drop(group["scale"]), accumulation=exact_sums(group),
+            storage=storage_of(group),
         )  # fmt: skip
 
 
@@ -186,14 +76,14 @@ class QGaLore(GaLoreAdamW8bit):
     OPTIONS = {**GaLoreAdamW8bit.OPTIONS, "projector_dtype": "4bit", "lazy_refresh": True}
 
 
-class GaLoreAdafactor(_Adafactor):
+class GaLoreAdafactor(AdafactorBased):
     """GaLore with Adafactor on the coordinates (galore-torch's GaLoreAdafactor).
 
     Options as GaLoreAdamW's and Adafactor's; lr=None means Adafactor's relative step. With `beta1` the momentum is
     of the update before the learning rate, max(eps, RMS(W)) included (the package: lr too; equal while lr is constant).
     """
 
-    OPTIONS = {**_ADAFACTOR, **_BASIS, "scale": 0.25, **COMMON}
+    OPTIONS = {**ADAFACTOR, **BASIS, "scale": 0.25, **COMMON}
 
     @classmethod
     def recipe(cls, group: Mapping[str, Any]) -> Recipe:
@@ -201,12 +91,12 @@ class GaLoreAdafactor(_Adafactor):
         if group["rank"] is not None and group["on_refresh"] == "rotate" and not group["beta1"]:
             raise ValueError('on_refresh="rotate" moves the momentum, and beta1 is null: there is none. Set beta1.')
         return Recipe(
-            _adafactor(group), _subspace(group), Drop(group["scale"]), accumulation=_exact_sums(group),
-            storage=_storage(group),
+            adafactor_of(group), subspace_of(group), Drop(group["scale"]), accumulation=exact_sums(group),
+            storage=storage_of(group),
         )  # fmt: skip
 
 
-class FiraAdamW(_AdamW):
+class FiraAdamW(AdamWBased):
     """Fira (arXiv:2410.01623, Algorithm 1; package fira): GaLore plus the norm-scaled, growth-limited residual.
 
     residual="code" (the package): U = alpha N B^T + S, S = limit(phi o (G - alpha R B^T));
@@ -215,20 +105,20 @@ class FiraAdamW(_AdamW):
     Options: as GaLoreAdamW with alpha in place of scale; scaling ("column" or "matrix"), limiter (growth, 1.01).
     """
 
-    OPTIONS = {**_ADAMW, **_BASIS, "alpha": 0.25, "residual": "code", "scaling": "column", "limiter": 1.01, **COMMON}
+    OPTIONS = {**ADAMW, **BASIS, "alpha": 0.25, "residual": "code", "scaling": "column", "limiter": 1.01, **COMMON}
 
     @classmethod
     def recipe(cls, group: Mapping[str, Any]) -> Recipe:
         """Adam in the subspace, residual scaled."""
-        how = _subspace(group)
-        _orthonormal(how, "Fira's residual")
-        _no_exact_sums(group, "Fira's residual is the rest of the gradient")
+        how = subspace_of(group)
+        require_orthonormal(how, "Fira's residual")
+        refuse_compressed_accumulation(group, "Fira's residual is the rest of the gradient")
         limiter = math.inf if group["limiter"] is None else group["limiter"]
         residual = ScaleResidual(group["alpha"], group["residual"], group["scaling"], limiter)
-        return Recipe(_adam(group), how, residual, storage=_storage(group))
+        return Recipe(adam_of(group), how, residual, storage=storage_of(group))
 
 
-class ApolloAdamW(_AdamW):
+class ApolloAdamW(AdamWBased):
     """APOLLO (arXiv:2412.05270, Algorithm 1; package apollo-torch): the gradient scaled channel by channel.
 
     W <- (1 - eta wd) W - eta sqrt(scale) s o G with s = |N| / |R|, R = G B, B seeded Gaussian (never stored).
@@ -238,7 +128,7 @@ class ApolloAdamW(_AdamW):
     """
 
     OPTIONS = {
-        **_ADAMW, **_BASIS, "subspace": "gaussian", "scale": 1.0, "scale_type": "channel", "scale_front": False,
+        **ADAMW, **BASIS, "subspace": "gaussian", "scale": 1.0, "scale_type": "channel", "scale_front": False,
         "disable_nl": False, **COMMON,
     }  # fmt: skip
     ALIASES = {"proj": lambda v: ("subspace", {"random": "gaussian"}.get(v, v))}
@@ -248,10 +138,10 @@ class ApolloAdamW(_AdamW):
         """Adam in a random subspace, only its scaling used."""
         if group["rank"] is not None and group["proj_type"] == "full":
             raise ValueError('APOLLO scales one side: proj_type="full" has no meaning here.')
-        _no_exact_sums(group, "APOLLO scales the whole gradient")
+        refuse_compressed_accumulation(group, "APOLLO scales the whole gradient")
         growth = None if group["disable_nl"] else 1.01
         scaled = ScaleGradient(group["scale"], group["scale_type"] == "channel", growth, group["scale_front"])
-        return Recipe(_adam(group), _subspace(group), scaled, storage=_storage(group))
+        return Recipe(adam_of(group), subspace_of(group), scaled, storage=storage_of(group))
 
 
 class ApolloMini(ApolloAdamW):
@@ -260,7 +150,7 @@ class ApolloMini(ApolloAdamW):
     OPTIONS = {**ApolloAdamW.OPTIONS, "rank": 1, "scale": 128.0, "scale_type": "tensor"}
 
 
-class Flora(_Adafactor):
+class Flora(AdafactorBased):
     """Flora (arXiv:2402.03293; package flora-opt): Adafactor whose momentum is kept in a random subspace.
 
     u = Adafactor(G); U = (1 - b1) u + b1 M B^T; M <- b1 M + (1 - b1) u B; every kappa steps M <- M (B_old^T B_new).
@@ -290,8 +180,8 @@ class Flora(_Adafactor):
             )
         if group["rank"] is not None and group["proj_type"] == "full":
             raise ValueError('Flora compresses one side: proj_type="full" has no meaning here.')
-        rule = _adafactor(group, momentum_first=True, factored=group["factorize_second_moment"])
-        how = _subspace({**group, "on_refresh": "keep"}, "kappa", method="gaussian")
+        rule = adafactor_of(group, momentum_first=True, factored=group["factorize_second_moment"])
+        how = subspace_of({**group, "on_refresh": "keep"}, "kappa", method="gaussian")
         sketch = None if how is None else group["accumulation_compression_rank"]
         sums = None if sketch is None else Accumulation(sketch)
         momentum = None if how is None else Momentum(group["beta1"])
@@ -328,7 +218,7 @@ class Lomo(_Unprojected):
 
     OPTIONS = {
         "lr": 1e-3, "clip_grad_norm": None, "clip_grad_value": None, "weight_decay": 0.0, "loss_scale_args": None,
-        **_WHOLE,
+        **WHOLE,
     }  # fmt: skip
     INSTEAD = "GaLoreAdamW or GaLoreAdafactor, which project"
 
@@ -351,14 +241,14 @@ class AdaLomo(_Unprojected):
 
     OPTIONS = {
         "lr": 1e-3, "loss_scale": None, "eps": (1e-30, 1e-3), "clip_threshold": 1.0, "decay_rate": -0.8,
-        "clip_grad_norm": None, "clip_grad_value": None, "weight_decay": 0.0, **_WHOLE,
+        "clip_grad_norm": None, "clip_grad_value": None, "weight_decay": 0.0, **WHOLE,
     }  # fmt: skip
     INSTEAD = "GaLoreAdafactor, which is Adafactor in a subspace"
 
     @classmethod
     def recipe(cls, group: Mapping[str, Any]) -> Recipe:
         """Adafactor on everything, no momentum."""
-        return Recipe(_adafactor(group, beta1=None, scale_parameter=True))
+        return Recipe(adafactor_of(group, beta1=None, scale_parameter=True))
 
 
 ALGORITHMS = (
