@@ -29,6 +29,11 @@ from launch.scoring import Judge, accuracy
 from launch.tokenizer import load_tokenizer
 from lowrank_ds.checkpoint.rotation import replace_text
 
+DEFAULTS = {"scoring": "likelihood", "template": "llm-adapters", "beams": 4, "new_tokens": 32}
+NEEDED = {  # flag: one of these must be given, too
+    **dict.fromkeys(("tasks", "predictions", "scoring", "template", "beams", "new_tokens"), ("data",)),
+    "limit": ("data", "harness"), "eval_tokens": ("text",), "harness_path": ("harness",),
+}  # fmt: skip
 LEAST = {"batch_size": 1, "beams": 1, "new_tokens": 1, "limit": 1, "seq_len": 2, "eval_tokens": 1}
 COLUMNS = ("task", "questions", "accuracy", "+-", "chance", "unanswered")
 
@@ -54,13 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", type=Path, metavar="DIR", help="folder with TASK/test.json, such as LLM-Adapters' dataset/")
     add("--tasks", nargs="+", choices=[*TASKS, "all"], metavar="TASK", help="default all: "
         f"{', '.join(TASKS)}")  # fmt: skip
-    add("--scoring", choices=["likelihood", "generation"], default="likelihood", help="likelihood (default): the "
+    add("--scoring", choices=["likelihood", "generation"], help="likelihood (default): the "
         "likeliest of the options an instruction allows; generation: the first option in what the model writes, as "
         "published")  # fmt: skip
-    add("--template", choices=sorted(TEMPLATES), default="llm-adapters", help="as in training (default llm-adapters)")
-    add("--beams", type=int, default=4, help="of --scoring generation (default 4)")
-    add("--new-tokens", type=int, default=32, help="of --scoring generation (default 32)")
-    add("--limit", type=int, help="only so many questions of each task")
+    add("--template", choices=sorted(TEMPLATES), help="as in training (default llm-adapters)")
+    add("--beams", type=int, help="of --scoring generation (default 4)")
+    add("--new-tokens", type=int, help="of --scoring generation (default 32)")
+    add("--limit", type=int, help="only so many questions of each task, also of --harness")
     add = parser.add_argument_group("perplexity").add_argument
     add("--text", nargs="+", metavar="FILE", help="text in pretrain.py's formats")
     add("--text-key", default="text")
@@ -88,17 +93,30 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--data {args.data}: no such folder")
     if args.harness_path and not Path(args.harness_path).is_dir():
         parser.error(f"--harness-path {args.harness_path}: no such folder")
-    for name, needed in (("tasks", "data"), ("predictions", "data"), ("harness_path", "harness")):
-        if getattr(args, name) and not getattr(args, needed):
-            parser.error(f"--{name.replace('_', '-')} needs --{needed}")
-    for name, least in LEAST.items():
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    if args.adapter and not Path(args.adapter, "adapter_config.json").exists():
+        parser.error(f"--adapter {args.adapter}: no adapter_config.json in there; give a folder that PEFT wrote")
+    _check_flags(parser, args)
     tasks = args.tasks or ["all"]
     args.tasks = list(TASKS) if "all" in tasks else list(dict.fromkeys(tasks))
     if not Path(args.model, "config.json").exists():
         parser.error(f"{args.model}: no config.json in there; give a HF model directory (--adapter for PEFT's)")
     return args
+
+
+def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse flags that nothing would read, and numbers that are too small; fill in defaults."""
+    for name, needed in NEEDED.items():
+        if getattr(args, name) is not None and not any(getattr(args, each) for each in needed):
+            parser.error(f"--{name.replace('_', '-')} needs {' or '.join('--' + each for each in needed)}")
+    for name in ("beams", "new_tokens"):
+        if getattr(args, name) is not None and args.scoring != "generation":
+            parser.error(f"--{name.replace('_', '-')} is for --scoring generation")
+    for name, least in LEAST.items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    for name, default in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
 
 
 def load_model(args, device: torch.device) -> torch.nn.Module:

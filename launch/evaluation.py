@@ -25,7 +25,15 @@ def perplexity(logits_of: LogitsOf, blocks: np.ndarray, rank: int, world: int, d
         return ids, ids
 
     losses = row_losses(logits_of, len(blocks), batch_of, rank, world, device)
-    return math.exp(losses.sum().item() / (len(blocks) * (blocks.shape[1] - 1)))
+    return exp_mean(losses, len(blocks) * (blocks.shape[1] - 1))
+
+
+def exp_mean(losses: Tensor, tokens: int) -> float:
+    """exp(sum of losses / tokens); infinite where that is no float any more (a mean above 709)."""
+    try:
+        return math.exp(losses.sum().item() / tokens)
+    except OverflowError:
+        return math.inf
 
 
 @torch.no_grad()

@@ -125,11 +125,16 @@ def run_all(bench: Bench, parallel: int) -> None:
             if not at_work:
                 return
             done, _ = wait(at_work, return_when=FIRST_COMPLETED)
+            if any(future.exception() for future in done):
+                done, _ = wait(at_work)  # what is at work beside a failed run is not lost
             for future in done:
                 run = at_work.pop(future)
-                bench.record(run, future.result())
-                found = bench.results[run]
-                print(f"{run.name:60} {found['perplexity'] or math.inf:9.3f}  {found['wall_s']:5d} s", flush=True)
+                if not future.exception():
+                    found = future.result()
+                    bench.record(run, found)
+                    print(f"{run.name:60} {found['perplexity'] or math.inf:9.3f}  {found['wall_s']:5d} s", flush=True)
+            for future in done:
+                future.result()  # raises what went wrong
 
 
 def main() -> None:

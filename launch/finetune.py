@@ -11,7 +11,6 @@ OUTPUT receives what pretrain.py writes; model/ (and best/, with --keep best) is
 merged (model/adapter has them in PEFT's form). Engines, optimizers, checkpoints and --resume: see launch/README.md.
 """
 
-import math
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.data import find_files
-from launch.evaluation import row_losses
+from launch.evaluation import exp_mean, row_losses
 from launch.examples import Example, InstructionBatches, cached_examples, collate, fingerprint_examples
 from launch.finetune_options import FOR_LORA, count_steps, parse
 from launch.identity import describe_run
@@ -63,7 +62,7 @@ def held_out_perplexity(trainer, examples: list[Example], pad: int, processes) -
         return batch, batch["labels"]
 
     losses = row_losses(trainer.logits, len(examples), batch_of, processes.rank, processes.world, processes.device)
-    return math.exp(losses.sum().item() / sum(e.trained for e in examples))
+    return exp_mean(losses, sum(e.trained for e in examples))
 
 
 def model_of(args, tokenizer, dtype: torch.dtype) -> torch.nn.Module:

@@ -171,12 +171,12 @@ LAUNCHERS: dict[str, Callable[[list[str]], list[str]]] = {"torchrun": _torchrun,
 
 
 def _check_files(command: Command, words: list[str]) -> None:
-    """Files of the repository that a command names are there (those it writes lie elsewhere)."""
+    """Files of the repository that a command names are there (those it writes lie elsewhere, or are there already)."""
     for word in words:
         value = word.partition("=")[2] if word.startswith("-") else word
         if value.split("/")[0] in FOLDERS and "/" in value and not set("*$<{") & set(value):
             path = ROOT / value.partition("::")[0]
-            if not path.exists() and not path.parent.name == "benchmarks":
+            if not path.exists():
                 raise BadCommand(f"{command.where}: there is no {value}")
 
 

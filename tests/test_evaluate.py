@@ -218,10 +218,24 @@ def test_wrong_flags(data: Path, capsys: pytest.CaptureFixture) -> None:
         ([str(data / "model"), "--text", "t", "--seq-len", "1"], "--seq-len must be at least 2"),
         ([str(data / "model"), "--text", "t", "--tasks", "boolq"], "--tasks needs --data"),
         ([str(data / "model"), "--text", "t", "--predictions", "p"], "--predictions needs --data"),
+        ([str(data / "model"), "--text", "t", "--limit", "3"], "--limit needs --data or --harness"),
+        ([str(data / "model"), "--data", str(data), "--beams", "2"], "--beams is for --scoring generation"),
+        ([str(data / "model"), "--text", "t", "--adapter", str(data)], "no adapter_config.json in there"),
     ):
         with pytest.raises(SystemExit):
             evaluate.parse(arguments)
         assert message in capsys.readouterr().err
+
+
+def test_harness_on_several_cpus(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would ask every process everything."""
+    several = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in several.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(data / "model"), "--harness", "arc_easy"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="start one process only"):
+        evaluate.main()
 
 
 def test_harness(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

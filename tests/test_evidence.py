@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 
 import pytest
 
@@ -96,6 +97,19 @@ def test_runs_go_on_where_they_stopped_and_side_by_side(tmp_path, monkeypatch):
         evidence.run_all(evidence.Bench(tmp_path, protocol), 1)
     evidence.run_all(evidence.Bench(tmp_path, protocol), 3)
     assert set(made) == set(search(protocol)) and len(made) == len(set(made)) + 1, "only the lost run is made again"
+
+
+def test_what_runs_beside_a_failed_run_is_kept(tmp_path, monkeypatch):
+    def train(self, run):
+        if run.lr == 0.0025:
+            raise SystemExit("no room on the disk")
+        time.sleep(0.3 * (run.lr == 0.005))
+        return {"perplexity": made_up(run), "wall_s": 1}
+
+    monkeypatch.setattr(evidence.Bench, "train", train)
+    with pytest.raises(SystemExit, match="no room"):
+        evidence.run_all(evidence.Bench(tmp_path, Protocol(only=["adamw"])), 2)
+    assert sorted(run.lr for run in evidence.Bench(tmp_path, Protocol()).results) == [0.00125, 0.005]
 
 
 def test_tables(tmp_path, monkeypatch):
