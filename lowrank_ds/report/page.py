@@ -13,14 +13,16 @@ from lowrank_ds.report import figures
 from lowrank_ds.report.runs import Run, differences, number
 
 _CSS = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 2rem auto; max-width: 1240px;
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 2rem auto; max-width: 1280px;
        padding: 0 1.2rem }
 h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem }
 p.why { color: #555; margin: .2rem 0 .6rem; max-width: 75ch }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem }
 th, td { padding: .3rem .8rem .3rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid #e3e3e3 }
-th { border-bottom: 2px solid #999; vertical-align: bottom } td.text, th.text { text-align: left }
+th { border-bottom: 2px solid #999; vertical-align: bottom; white-space: normal }
+td.text, th.text { text-align: left }
 td.long { white-space: normal; min-width: 9rem; max-width: 22rem; overflow-wrap: anywhere }
+td.run { white-space: normal; min-width: 9rem; max-width: 15rem; overflow-wrap: anywhere }
 td.bad { color: #a32900; font-weight: 600 } td.unset { color: #767676 }
 svg { width: 100%; height: auto; display: block } figure { margin: 0 }
 .run svg { display: inline-block; width: 2.6rem; height: .8rem; margin-right: .5rem; vertical-align: middle }
@@ -78,7 +80,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], text: int = 1) -> 
 
 # -- results ----------------------------------------------------------------------------------------------------------
 _HEAD = ("run", "state", "optimizer", "lr", "steps", "tokens", "training loss", "held-out perplexity", "lowest",
-         "optimizer state", "peak memory", "optimizer ms", "step ms", "tokens/s", "training time")  # fmt: skip
+         "optimizer state", "peak memory", "optimizer of step, ms", "tokens/s", "training time")  # fmt: skip
 
 
 def _summary(runs: Sequence[Run]) -> str:
@@ -102,6 +104,7 @@ def _results(run: Run) -> list[str]:
     perplexity = run.perplexity.y[-1] if run.perplexity.y else number(summary.get("perplexity"))
     tokens = run.loss.tokens[-1] if run.loss.tokens else number(summary.get("tokens"))
     steps = run.loss.steps[-1] if run.loss.steps else summary.get("steps")
+    times = " of ".join(_number(summary.get(f"{what}_ms_median"), ",.1f") for what in ("optimizer", "step"))
     return [
         f'<td class="{bad}text">{html.escape(run.state)}</td>',
         str(settings.get("optimizer") or "–"),
@@ -112,7 +115,7 @@ def _results(run: Run) -> list[str]:
         _number(perplexity, ",.2f"),
         _number(min(run.perplexity.finite, default=None), ",.2f"),
         *(size_text(sizes.get(key)) for key in ("optimizer_state", "peak_memory")),
-        *(_number(summary.get(f"{what}_ms_median"), ",.1f") for what in ("optimizer", "step")),
+        times if "step_ms_median" in summary else "–",
         _number(summary.get("tokens_per_s"), ",.0f"),
         duration(run.loss.seconds[-1] if run.loss.seconds else None),
     ]
@@ -191,7 +194,7 @@ def _differences(runs: Sequence[Run]) -> tuple[str, str, str]:
         " All other settings are the same in all runs." if len(runs) > 1 else ""
     )
     lines = [[name, *(_value(value) for value in values)] for name, values in rows.items()]
-    return heading, why, table(["setting", *(run.name for run in runs)], lines)
+    return heading, why, table(["setting", *(run.name for run in runs)], lines, text=1 + len(runs))
 
 
 def _value(value: Any) -> str:
