@@ -15,8 +15,8 @@ from torch.nn.utils import clip_grad_norm_
 import lowrank_ds
 from tests.cluster import batches, quiet_deepspeed, tiny_llama
 
-STEPS = 12
-HALF = 6  # where the checkpoint is; refreshes (gap 5) fall at steps 0 and 5 before it, 10 after it
+STEPS = 9
+HALF = 6  # where the checkpoint is; refreshes (gap 4) fall at steps 0 and 4 before it, 8 after it
 FIRA = {"rank": 8, "update_proj_gap": 5}
 
 

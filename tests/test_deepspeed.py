@@ -17,7 +17,7 @@ from tests.cluster import batches, launch, quiet_deepspeed, tiny_llama
 from tests.counting import COUNTED, Counting, at_most
 
 LIMIT = 1e-5
-STEPS = 7  # refreshes at 0 and 5
+STEPS = 5  # refreshes at 0 and 4
 FIRA = training.settings_of("fira")[1]
 
 

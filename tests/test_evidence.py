@@ -163,7 +163,7 @@ def test_tables(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    bench = evidence.Bench(tmp_path_factory.mktemp("evidence"), Protocol(steps=10))
+    bench = evidence.Bench(tmp_path_factory.mktemp("evidence"), Protocol(steps=10, batch=4, seq_len=64))
     evidence.prepare(bench)
     return bench
 
@@ -171,7 +171,7 @@ def bench(tmp_path_factory):
 def test_a_run(bench):
     """One real run: perplexity better than chance, state of AdamW."""
     result = bench.train(Run("adamw", 0.0025, 0.01, 0))
-    assert 100 < result["perplexity"] < 4096 and result["tokens"] == 10 * 2048
+    assert 100 < result["perplexity"] < 4096 and result["tokens"] == 10 * 4 * 64
     assert result["state_bytes"] == pytest.approx(2 * 4 * result["parameters"], rel=1e-3)
 
 

@@ -22,14 +22,15 @@ ENGINES = {
     3: ("zero1", "zero2", "zero3", "fsdp1", "fsdp2"),
     4: ("fsdp2", "hsdp", "fsdp2 tp"),
 }
-# Engines that run at 3 ranks, where nothing divides, meet two ranks with these recipes alone (time of CI).
-AT_TWO = ("galore", "galore full", "fira", "fira default", "apollo", "flora", "galore adafactor")
+# Where an engine trains all recipes (3 ranks, where nothing divides, for those that share least); at other world sizes
+# it trains these (time of CI).
+ALL_AT = {"ddp": 2, "replicate": 2, "zero1": 2, "fsdp1": 2, "zero2": 3, "zero3": 3, "fsdp2": 3, "hsdp": 4, "fsdp2 tp": 4}
+SOME = ("galore", "galore full", "fira default", "apollo", "flora", "galore adafactor")
 
 
 def recipes(engine: str, world: int) -> list[str]:
-    """The recipes that an engine trains at a world size; at some world size each engine trains them all."""
-    twice = world == 2 and engine in ENGINES[3]
-    return [recipe for recipe in training.RECIPES if not twice or recipe in AT_TWO]
+    """The recipes that an engine trains at a world size; at one of them it trains them all."""
+    return [recipe for recipe in training.RECIPES if ALL_AT[engine] == world or recipe in SOME]
 
 
 def all_cells(rank: int, world: int) -> dict:
