@@ -24,7 +24,11 @@ ENGINES = {
 }
 # Where an engine trains all recipes (3 ranks, where nothing divides, for those that share least); at other world sizes
 # it trains these (time of CI).
-ALL_AT = {"ddp": 2, "replicate": 2, "zero1": 2, "fsdp1": 2, "zero2": 3, "zero3": 3, "fsdp2": 3, "hsdp": 4, "fsdp2 tp": 4}
+ALL_AT = {
+    **dict.fromkeys(("ddp", "replicate", "zero1", "fsdp1"), 2),
+    **dict.fromkeys(("zero2", "zero3", "fsdp2"), 3),
+    **dict.fromkeys(("hsdp", "fsdp2 tp"), 4),
+}
 SOME = ("galore", "galore full", "fira default", "apollo", "flora", "galore adafactor")
 
 
