@@ -493,11 +493,12 @@ def test_refusals(case: str) -> None:
 # -- several processes ------------------------------------------------------------------------------------------------
 RECIPE, RATE = "galore adafactor", 0.3  # not chaotic: an ulp stays one, so that a single other code would be seen
 SAVED, TOTAL = 4, 7  # steps; bases are renewed at 0 and 5
+HOW = {"lr": RATE, "update_proj_gap": 5}
 
 
 def _sharded(rank: int, world: int, kind: str, recipe: str, steps: int, inside: bool = False, **options: Any) -> dict:
     model = fully_sharded(kind, world, int8_llama(), **options)
-    optimizer = build(recipe, model, **({"lr": RATE} if recipe == RECIPE else {}))
+    optimizer = build(recipe, model, **(HOW if recipe == RECIPE else {}))
     if inside:
         lowrank_ds.layerwise(model, optimizer)
     train_sharded(model, optimizer, kind, rank, world, range(steps))
@@ -513,7 +514,7 @@ def _checkpointed(rank: int, world: int, folder: str, load: bool, ours: bool = F
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     model = fully_sharded("fsdp2", world, int8_llama())
-    optimizer = build(RECIPE, model, lr=RATE)
+    optimizer = build(RECIPE, model, **HOW)
     if not load:
         train_sharded(model, optimizer, "fsdp2", rank, world, range(SAVED))
     weights, state = get_state_dict(model, optimizer)
@@ -578,7 +579,7 @@ def worlds() -> dict[int, dict[str, Any]]:
 
 def test_sharded_training_is_one_process(worlds: dict, capsys: pytest.CaptureFixture) -> None:
     """Seven steps give the same codes on 1, 2 and 3 processes and under replicate(), and the same weights to 1e-6."""
-    start, expected = numbers(int8_llama().state_dict()), numbers(one_process(RECIPE, TOTAL, int8_llama(), lr=RATE))
+    start, expected = numbers(int8_llama().state_dict()), numbers(one_process(RECIPE, TOTAL, int8_llama(), **HOW))
     moved = torch.cat([(expected[n] != start[n]).flatten() for n in expected if "proj" in n])
     assert moved.float().mean() > 0.7
     runs = {"fsdp2 x2": worlds[2]["save"][1], "fsdp2 x3": worlds[3]["steps"], "replicate x2": worlds[2]["replicate"]}
