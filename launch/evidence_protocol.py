@@ -80,8 +80,6 @@ METHODS = (
     Method("fira-paper-24", "Fira (as its paper), rank 24", "FiraAdamW",
            _projected(residual="paper", rank=RANK * 3 // 4), like="fira-paper", tier=2),
     Method("apollo-half", "APOLLO, rank 16", "ApolloAdamW", _projected(rank=RANK // 2), like="apollo", tier=4),
-    Method("apollo-all", "APOLLO, embeddings and head too", "ApolloAdamW",
-           _projected(target_modules=["embed", "lm_head", "proj"]), _LOW, tier=4),
 )  # fmt: skip
 
 
