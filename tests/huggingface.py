@@ -14,10 +14,10 @@ from torch.nn.utils import clip_grad_norm_
 
 import lowrank_ds
 from tests.cluster import batches, quiet_deepspeed, tiny_llama
+from tests.training import GAP, STEPS
 
-STEPS = 9
 HALF = 6  # where the checkpoint is; refreshes (gap 4) fall at steps 0 and 4 before it, 8 after it
-FIRA = {"rank": 8, "update_proj_gap": 5}
+FIRA = {"rank": 8, "update_proj_gap": GAP}
 
 
 class Rows(torch.utils.data.Dataset):
@@ -191,7 +191,7 @@ def prepared(engine: str, world: int, by_name: bool, model: Any) -> tuple[Any, A
     else:
         accelerate = accelerator(engine, world)
         groups = lowrank_ds.param_groups(model, rank=8)
-        optimizer = lowrank_ds.FiraAdamW(groups, lr=1e-2, update_proj_gap=5, weight_decay=0.1)
+        optimizer = lowrank_ds.FiraAdamW(groups, lr=1e-2, update_proj_gap=GAP, weight_decay=0.1)
     return (accelerate, *accelerate.prepare(model, optimizer, loader))
 
 
@@ -244,7 +244,7 @@ def by_hand(named: bool = True, rate: Callable[[int], float] = cosine, **options
         {"params": pairs, "rank": None if simple else 8, "weight_decay": 0.0 if free else 0.1}
         for (simple, free), pairs in parts.items()
     ]
-    optimizer = lowrank_ds.FiraAdamW(groups, lr=1e-2, update_proj_gap=5, **options)
+    optimizer = lowrank_ds.FiraAdamW(groups, lr=1e-2, update_proj_gap=GAP, **options)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for batch in batches(STEPS):
         model(input_ids=batch, labels=batch).loss.backward()

@@ -136,7 +136,7 @@ def test_auto_is_filled(two: dict[str, Any]) -> None:
     """optimizer.params and scheduler.params "auto" take what the TrainingArguments say."""
     filled = two["filled"]
     assert filled["class"] == "FiraAdamW"
-    options = {"betas": [0.9, 0.99], "eps": 1e-7, "weight_decay": 0.1, "rank": 8, "update_proj_gap": 5}
+    options = {"betas": [0.9, 0.99], "eps": 1e-7, "weight_decay": 0.1, "rank": 8, "update_proj_gap": 4}
     assert [{**g, "betas": list(g["betas"])} for g in filled["options"]] == [options]
     assert filled["rates"] == pytest.approx([1e-2 * hf.linear(step) for step in range(hf.STEPS)])
     behind = lambda step: hf.linear(max(step - 1, 0))  # DeepSpeed moves its schedules after the step
