@@ -97,6 +97,26 @@ def partly_frozen(seed: int = 0) -> tuple[Any, torch.optim.Optimizer]:
     return model, lowrank_ds.GaLoreAdamW(model.named_parameters(), rank=8)
 
 
+def saved_before_the_first_step(rank: int, world: int, folder: str) -> list[str]:
+    """What the loader says to such folders of ZeRO-2 and ZeRO-3; DeepSpeed itself loads them."""
+    said = []
+    for stage in (2, 3):
+        engine, place = training.zero_engine("fira", stage, world), f"{folder}/{stage}"
+        engine.save_checkpoint(place)
+        assert engine.load_checkpoint(place)[0] is not None
+        with pytest.raises(CheckpointError) as caught:
+            lowrank_ds.load_checkpoint(place, tiny_llama())
+        said.append(str(caught.value))
+        engine.destroy()
+    return said
+
+
+def test_saved_before_the_first_step(tmp_path: Path) -> None:
+    """The message says so, and what to do."""
+    for said in launch(1, saved_before_the_first_step, str(tmp_path))[0]:
+        assert "was saved before the optimizer's first step" in said and "engine.load_checkpoint" in said
+
+
 def test_frozen_parameters_in_the_groups(folder: str) -> None:
     """DeepSpeed leaves them out of its partitions, param_names has them."""
     model, optimizer = partly_frozen(seed=1)

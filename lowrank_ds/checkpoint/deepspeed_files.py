@@ -148,6 +148,11 @@ class DeepSpeedCheckpoint(Checkpoint):
             saved = self._load(number, name)["optimizer_state_dict"]
             self._add_partitions(name, saved, _state_dict(self._folder / name, saved))
             first = saved if first is None else first
+        if not self._trained:  # where entries lie is settled in the first step
+            raise CheckpointError(
+                f"{self._folder} was saved before the optimizer's first step and does not say where its entries lie. "
+                "Load it with engine.load_checkpoint at the number of ranks that saved it, or save after a step."
+            )
         model = self._add_model(len(files))
         for key, entry in self._entries.items():
             if self._taken[key].size != entry.numel:
