@@ -29,10 +29,14 @@ from launch.scoring import Judge, accuracy
 from launch.tokenizer import load_tokenizer
 from lowrank_ds.checkpoint.rotation import replace_text
 
-DEFAULTS = {"scoring": "likelihood", "template": "llm-adapters", "beams": 4, "new_tokens": 32}
+DEFAULTS = {
+    "scoring": "likelihood", "template": "llm-adapters", "beams": 4, "new_tokens": 32,
+    "text_key": "text", "seq_len": 256, "cache_dir": ".cache/tokens",
+}  # fmt: skip
 NEEDED = {  # flag: one of these must be given, too
     **dict.fromkeys(("tasks", "predictions", "scoring", "template", "beams", "new_tokens"), ("data",)),
-    "limit": ("data", "harness"), "eval_tokens": ("text",), "harness_path": ("harness",),
+    **dict.fromkeys(("text_key", "seq_len", "eval_tokens", "cache_dir"), ("text",)),
+    "limit": ("data", "harness"), "harness_path": ("harness",),
 }  # fmt: skip
 LEAST = {"batch_size": 1, "beams": 1, "new_tokens": 1, "limit": 1, "seq_len": 2, "eval_tokens": 1}
 COLUMNS = ("task", "questions", "accuracy", "+-", "chance", "unanswered")
@@ -68,10 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--limit", type=int, help="only so many questions of each task, also of --harness")
     add = parser.add_argument_group("perplexity").add_argument
     add("--text", nargs="+", metavar="FILE", help="text in pretrain.py's formats")
-    add("--text-key", default="text")
-    add("--seq-len", type=int, default=256)
+    add("--text-key", help="of JSON files (default text)")
+    add("--seq-len", type=int, help="tokens of a sequence (default 256)")
     add("--eval-tokens", type=int, help="only so many tokens")
-    add("--cache-dir", default=".cache/tokens")
+    add("--cache-dir", help="where tokenised text is kept (default .cache/tokens)")
     add = parser.add_argument_group("lm-evaluation-harness").add_argument
     add(
         "--harness",

@@ -26,6 +26,8 @@ def run_harness(args, device: torch.device) -> dict[str, dict[str, float]] | Non
             "your own are found in --harness-path DIR"
         )
     model = {"pretrained": args.model, "dtype": {"bf16": "bfloat16", "fp32": "float32"}[args.dtype]}
+    if args.tokenizer:
+        model["tokenizer"] = args.tokenizer
     if args.adapter:
         model["peft"] = args.adapter
     found = lm_eval.simple_evaluate(

@@ -14,6 +14,7 @@ import torch
 
 from launch import evaluate
 from launch.commonsense import TASKS, extract_answer, load_task, options_of
+from launch.evaluation import exp_mean
 from launch.processes import Processes
 from launch.records import RecordError
 from launch.scoring import Judge
@@ -205,6 +206,12 @@ def test_perplexity_of_text(data: Path, tmp_path: Path) -> None:
     assert one["text"]["tokens"] == blocks.numel()
 
 
+def test_a_perplexity_that_is_no_float_is_infinite() -> None:
+    """Python's exp raises from 710 on; a run's evaluation goes on and says inf."""
+    assert exp_mean(torch.tensor([1.0, 3.0]), 2) == pytest.approx(math.exp(2))
+    assert exp_mean(torch.tensor([1500.0]), 2) == math.inf
+
+
 # --- flags and the harness -------------------------------------------
 def test_wrong_flags(data: Path, capsys: pytest.CaptureFixture) -> None:
     """The message names the flag."""
@@ -219,6 +226,7 @@ def test_wrong_flags(data: Path, capsys: pytest.CaptureFixture) -> None:
         ([str(data / "model"), "--text", "t", "--tasks", "boolq"], "--tasks needs --data"),
         ([str(data / "model"), "--text", "t", "--predictions", "p"], "--predictions needs --data"),
         ([str(data / "model"), "--text", "t", "--limit", "3"], "--limit needs --data or --harness"),
+        ([str(data / "model"), "--data", str(data), "--seq-len", "8"], "--seq-len needs --text"),
         ([str(data / "model"), "--data", str(data), "--beams", "2"], "--beams is for --scoring generation"),
         ([str(data / "model"), "--text", "t", "--adapter", str(data)], "no adapter_config.json in there"),
     ):
@@ -259,6 +267,9 @@ def test_harness(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert evaluate.run_harness(args, CPU) == {"arc_easy": {"acc": 0.5, "acc_stderr": 0.1}}
     assert given["device"] == "cpu"  # the harness's own default is cuda, also where there is none
     assert given["model_args"] == {"pretrained": str(data / "model"), "dtype": "float32"} and given["limit"] == 3
+    args.tokenizer = "other"
+    evaluate.run_harness(args, CPU)
+    assert given["model_args"]["tokenizer"] == "other", "its own default is the model's"
     args.harness = ["nothing"]
     with pytest.raises(SystemExit, match="--harness nothing: .* has no such task"):
         evaluate.run_harness(args, CPU)
