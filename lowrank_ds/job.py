@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_ds import linalg
+from lowrank_ds.draws import Draws
 from lowrank_ds.int8_tensor import Int8Weight
 from lowrank_ds.layout import Block, Layout
 from lowrank_ds.recipe import Recipe
@@ -31,7 +32,7 @@ class Job:
     cold: whether "power" forgets the basis before; owner: the rank that computes an exact SVD; replica: the one it does
     so in (`Layout.mirror`); fresh: the basis from another replica. key: (run seed, parameter name), the source of all
     randomness. live: 1.0, or 0.0 (0-d) when the gradient turned out not to be usable. observe: where diagnostics leave
-    what they see.
+    what they see. draws: by key, the groups that draw this step's random bases; None: each draws its own.
     """
 
     layout: Layout
@@ -55,6 +56,7 @@ class Job:
     observe: Any = None  # an observe.Sink
     cold: bool = False
     arrived: Tensor | None = None
+    draws: Mapping[tuple, Draws] | None = None
 
     @property
     def name(self) -> str:

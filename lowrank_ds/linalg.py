@@ -84,9 +84,16 @@ def gaussian(
     number), its place and `rank` only, so a rank can draw just its own rows, and device, world size and call order do
     not matter (but for the last bit of a device's logarithm and cosine).
     """
-    rows = rows or slice(0, length)
-    pairs, count = (rank + 1) // 2, rows.stop - rows.start
-    noise = Noise(key, rows, slice(0, 2 * pairs), device)
+    return gaussians([(key, rows or slice(0, length))], rank, device)[0]
+
+
+def gaussians(
+    draws: Sequence[tuple[tuple, slice]], rank: int, device: torch.device | None = None
+) -> tuple[Tensor, ...]:
+    """The rows of each (key, rows), as `gaussian` draws them, in one go; they share their memory."""
+    counts = [rows.stop - rows.start for _, rows in draws]
+    pairs, count = (rank + 1) // 2, sum(counts)
+    noise = Noise(draws, slice(0, 2 * pairs), device)
     out = torch.empty(count, rank, dtype=torch.float32, device=device)
     for part in _row_chunks(count, 2 * pairs, out.device):
         words = noise.words(part)
@@ -95,7 +102,7 @@ def gaussian(
         angle = words[:, pairs:].float().mul_(math.pi * 2.0**-31)
         torch.mul(radius, angle.cos(), out=out[part, :pairs])
         torch.mul(radius[:, : rank - pairs], angle.sin_()[:, : rank - pairs], out=out[part, pairs:])
-    return out
+    return out.split(counts)
 
 
 def stochastic_round(x: Tensor, key: tuple, first: int, stride: int | None = None) -> Tensor:
@@ -111,7 +118,7 @@ def stochastic_round(x: Tensor, key: tuple, first: int, stride: int | None = Non
     count, width = lines.shape
     row, column = (0, first) if stride is None else divmod(first, stride)
     # two rows share a word: its low half is the noise of the even one, the high half that of the odd one
-    noise = Noise(key, slice(row // 2, (row + count + 1) // 2), slice(column, column + width), x.device)
+    noise = Noise([(key, slice(row // 2, (row + count + 1) // 2))], slice(column, column + width), x.device)
     parts = list(_row_chunks(count, width, x.device))
     most = max((part.stop - part.start for part in parts), default=0)
     # room for all that happens to a chunk, an odd first or last row included; used again, it costs no page faults
@@ -135,7 +142,7 @@ def uniform(key: tuple, first: int, shape: torch.Size, stride: int, device: torc
     A number depends on `key` and its place only.
     """
     row, column = divmod(first, stride)
-    noise = Noise(key, slice(row, row + shape[0]), slice(column, column + shape[1]), device)
+    noise = Noise([(key, slice(row, row + shape[0]))], slice(column, column + shape[1]), device)
     out = torch.empty(shape, dtype=torch.float32, device=device)
     for part in _row_chunks(*shape, device):
         out[part].copy_(noise.words(part).bitwise_right_shift_(8).bitwise_and_(0xFFFFFF))

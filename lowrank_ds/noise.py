@@ -13,6 +13,8 @@ passes are left. (The same rounds on b + column * constant fail every test of ne
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,27 +27,38 @@ _tables: dict[torch.device, Tensor] = {}
 
 
 class Noise:
-    """The words of a rectangle, drawn some rows at a time.
+    """The words of rectangles that lie one below the other, drawn some rows at a time.
 
     Args:
-        key: of the stream, anything with a stable `repr`. rows, columns: the rectangle, as places in the whole matrix.
+        streams: (key, rows) of each rectangle: a key is anything with a stable `repr`, rows are places in its whole
+            matrix. columns: of all of them.
     """
 
-    def __init__(self, key: tuple, rows: slice, columns: slice, device: torch.device | None = None) -> None:
-        seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
-        table = _columns(device)
+    def __init__(self, streams: Sequence[tuple[tuple, slice]], columns: slice, device: torch.device | None = None):
+        counts = [rows.stop - rows.start for _, rows in streams]
+        # a row's number times golden ratio plus seed, where rows are counted through all rectangles
+        starts = [
+            _seed(key) + (rows.start - before) * _GOLDEN
+            for (key, rows), before in zip(streams, itertools.accumulate(counts, initial=0), strict=False)
+        ]
+        table, numbers = _columns(device), torch.arange(sum(counts), device=device, dtype=torch.int64)
+        numbers.mul_(_signed(_GOLDEN, 64))
+        for part, start in zip(numbers.split(counts), starts, strict=True):
+            part.add_(_signed(start, 64))
         self._lines = []
         for block in range(columns.start // _LINE, max(columns.start, columns.stop - 1) // _LINE + 1):
             first, last = max(columns.start - block * _LINE, 0), min(columns.stop - block * _LINE, _LINE)
-            number = torch.arange(rows.start, rows.stop, device=device, dtype=torch.int64)
-            pair = _mixed(number.mul_(_signed(_GOLDEN, 64)).add_(_signed(seed + block * _BLOCK, 64)))
-            pair = pair.view(torch.int32).view(-1, 2)  # (h, 2)
+            pair = _mixed(numbers + _signed(block * _BLOCK, 64)).view(torch.int32).view(-1, 2)  # (h, 2)
             self._lines.append((table[first:last], pair[:, :1], pair[:, 1:] | 1))
 
     def words(self, rows: slice) -> Tensor:
-        """int32 (h, w) of some of the rows, counted from the first of the rectangle."""
+        """int32 (h, w) of some of the rows, counted from the first of the first rectangle."""
         parts = [_round(column + add[rows], multiply[rows]) for column, add, multiply in self._lines]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _seed(key: tuple) -> int:
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
 
 
 def _round(x: Tensor, multiply: Tensor) -> Tensor:

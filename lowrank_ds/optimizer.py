@@ -12,6 +12,7 @@ from torch import Tensor
 from lowrank_ds import accumulate, agreement, engines, failures, pipeline
 from lowrank_ds.binding import BoundGroups
 from lowrank_ds.collectives import Task, run_all, several
+from lowrank_ds.draws import grouped
 from lowrank_ds.groups import logger
 from lowrank_ds.job import Job
 from lowrank_ds.linalg import LARGEST_GRADIENT
@@ -196,6 +197,9 @@ class LowRankOptimizer(BoundGroups):
         for device in _devices(job.weight for _, job in jobs):
             tasks = [(s, job) for s, job in jobs if job.weight.device == device]
             self._mirror_bases([job for _, job in tasks], device)
+            draws = grouped(basis for slot, job in tasks if slot.projected for basis in pipeline.random_bases(job))
+            for _, job in tasks:
+                job.draws = draws
             updates = [
                 Task(job.layout, pipeline.update(job, slot.projected), job.size, slot.name) for slot, job in tasks
             ]

@@ -104,6 +104,22 @@ def correction_side(layout: Layout, recipe: Recipe) -> Right:
     return Right(layout, layout.shape[1], recipe.correction.replicated)
 
 
+def random_bases(job: Job) -> list[tuple[tuple, slice, int, torch.device]]:
+    """(key, rows touched here, rank, device) of the random bases that this step of a projected matrix takes."""
+    if job.recipe.subspace is None or job.recipe.subspace.method != "gaussian":
+        return []
+    side = side_of(job.layout, job.recipe)
+    return [(key, side.basis_axis.window, side.rank, job.weight.device) for key in _random_keys(job)]
+
+
+def _random_keys(job: Job) -> list[tuple]:
+    """Of the basis in use; Flora's momentum is still in the one before, and moves from it to a new one."""
+    if job.recipe.momentum is None:
+        return [(*job.key, job.refresh_count + job.refresh - 1)]
+    moves = job.refresh and job.refresh_count
+    return [(*job.key, count) for count in (max(job.refresh_count - 1, 0), *([job.refresh_count] if moves else []))]
+
+
 # --- GaLore, Fira, APOLLO --------------------------------------------------------------------------------------------
 def projected_gradient(job: Job) -> Steps:
     """The gradient is projected, the rule works on the coordinates, the residual decides what joins the update."""
@@ -234,8 +250,8 @@ def _basis(job: Job, side) -> Steps:
     asked = () if gaussian else side.requests(job.state)
     *answers, peaks = yield (*asked, accumulate.ask_peaks(job))
     if gaussian:
-        count = job.refresh_count + job.refresh - 1
-        basis = side.random((*job.key, count), job.weight.device)
+        (key,) = _random_keys(job)
+        basis = side.random(key, job.weight.device, job.draws)
     else:
         basis = side.gathered(job.state, tuple(answers))
     return basis, _live(job, peaks)
@@ -289,9 +305,7 @@ def compressed_momentum(job: Job) -> Steps:
     """The rule works on the whole gradient; its momentum is kept in a random subspace and moved when that changes."""
     momentum, beta1 = job.state["exp_avg"], job.recipe.momentum.beta1
     side, numel = side_of(job.layout, job.recipe), job.layout.shape[0] * job.layout.shape[1]
-    bases = [side.random((*job.key, max(job.refresh_count - 1, 0)), job.weight.device)]
-    if job.refresh and job.refresh_count:
-        bases.append(side.random((*job.key, job.refresh_count), job.weight.device))
+    bases = [side.random(key, job.weight.device, job.draws) for key in _random_keys(job)]
     overlaps = (side.overlap(bases[0], basis) for basis in bases)
     update, live, found = yield from _preconditioned(job, _parameter_scale(job), side.spread(None, momentum), *overlaps)
     scale, (_, old), gram, *moved = found

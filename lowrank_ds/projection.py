@@ -14,6 +14,7 @@ Legend: m x n matrix, r rank, B basis (d x r). "touched" and "kept" are those of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from lowrank_ds import linalg
 from lowrank_ds.axis import Axis, part_of
+from lowrank_ds.draws import Draws
 from lowrank_ds.layout import Block, Layout
 from lowrank_ds.lines import Lines
 from lowrank_ds.requests import Gather, Steps, Sum
@@ -60,8 +62,10 @@ class OneSided:
         """{state name: axis of its rows}."""
         return {"projector": self.basis_axis}
 
-    def random(self, key: tuple, device: torch.device) -> Basis:
-        """The touched rows of the seeded Gaussian basis."""
+    def random(self, key: tuple, device: torch.device, draws: Mapping[tuple, Draws] | None = None) -> Basis:
+        """The touched rows of the seeded Gaussian basis. draws: by key, the groups of bases that are drawn together."""
+        if draws is not None:
+            return {"projector": draws[key].take(key)}
         axis = self.basis_axis
         return {"projector": linalg.gaussian(key, axis.total, self.rank, axis.window, device)}
 

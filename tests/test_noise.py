@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import lowrank_ds
 from lowrank_ds import linalg
+from lowrank_ds.draws import grouped
 from lowrank_ds.noise import Noise
 from tests import reference
 
@@ -18,7 +20,7 @@ CPU = torch.device("cpu")
 
 def words(key: tuple, rows: int, columns: int) -> Tensor:
     """The words (rows, columns) of a matrix, int64 in [0, 2^32)."""
-    return Noise(key, slice(0, rows), slice(0, columns)).words(slice(0, rows)).long() & 0xFFFFFFFF
+    return Noise([(key, slice(0, rows))], slice(0, columns)).words(slice(0, rows)).long() & 0xFFFFFFFF
 
 
 def excess(counts: Tensor) -> float:
@@ -40,11 +42,63 @@ def pairs(a: Tensor, b: Tensor, bits: int = 6) -> float:
 )
 def test_words_are_those_of_plain_integers(rows: tuple[int, int], columns: tuple[int, int]) -> None:
     """Bit for bit, also across the seam between two lines, and for any part of a rectangle."""
-    noise = Noise(KEY, slice(*rows), slice(*columns))
+    noise = Noise([(KEY, slice(*rows))], slice(*columns))
     expected = [[reference.noise_word(KEY, i, j) for j in range(*columns)] for i in range(*rows)]
     found = noise.words(slice(0, rows[1] - rows[0])).long() & 0xFFFFFFFF
     assert found.tolist() == expected
     assert (noise.words(slice(rows[1] - rows[0] - 1, rows[1] - rows[0])).long() & 0xFFFFFFFF).tolist() == expected[-1:]
+
+
+def test_rectangles_below_each_other_are_those_drawn_alone() -> None:
+    """Bit for bit, whatever rows of which keys; wide ones too, across the seam between two lines."""
+    streams = [(KEY, slice(0, 5)), ((1, "b", 0), slice(10**6, 10**6 + 3)), (KEY, slice(40, 40)), (KEY, slice(7, 9))]
+    for columns in (slice(0, 9), slice(32760, 32775)):
+        together = Noise(streams, columns).words(slice(0, 10))
+        alone = [Noise([stream], columns).words(slice(0, stream[1].stop - stream[1].start)) for stream in streams]
+        assert torch.equal(together, torch.cat(alone))
+        assert (together[5:8].long() & 0xFFFFFFFF).tolist() == [
+            [reference.noise_word((1, "b", 0), i, j) for j in range(columns.start, columns.stop)]
+            for i in range(10**6, 10**6 + 3)
+        ]
+
+
+def test_bases_drawn_together() -> None:
+    """Groups fill up to their size, by rank; each basis is the one drawn alone, and may be taken once."""
+    rows = {"a": slice(0, 4000), "b": slice(5, 3000), "c": slice(0, 9), "d": slice(0, 40000), "e": slice(0, 0)}
+    wanted = [((0, name, 2), part, 7 if name == "c" else 32, CPU) for name, part in rows.items()]
+    groups = grouped(wanted)
+    assert groups[0, "a", 2] is groups[0, "b", 2] is not groups[0, "c", 2]  # another rank
+    assert len({id(groups[0, name, 2]) for name in "ade"}) == 3  # one that is too large is drawn by itself
+    for key, part, rank, _ in reversed(wanted):
+        assert torch.equal(groups[key].take(key), linalg.gaussian(key, 40000, rank, part))
+    with pytest.raises(KeyError):
+        groups[0, "a", 2].take((0, "a", 2))
+
+
+@pytest.mark.parametrize("name", ["ApolloAdamW", "Flora"])
+def test_a_step_draws_small_bases_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One draw for all matrices of a step, and the weights of one draw for each."""
+    draws, sizes = linalg.gaussians, []
+
+    def counted(streams, rank, device=None):
+        sizes.append(len(streams))
+        return draws(streams, rank, device)
+
+    monkeypatch.setattr(linalg, "gaussians", counted)
+    weights = []
+    for most in (1 << 18, 0):
+        monkeypatch.setattr("lowrank_ds.draws._TOGETHER_CPU", most)
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(torch.nn.Linear(24, 24) for _ in range(5)))
+        every = {"kappa": 2} if name == "Flora" else {"update_proj_gap": 2}
+        optimizer = getattr(lowrank_ds, name)(model.named_parameters(), rank=4, lr=0.01, **every)
+        for _ in range(4):
+            model(torch.ones(2, 24)).square().sum().backward()
+            optimizer.step()
+        weights.append([p.detach() for p in model.parameters()])
+    moved = 2 if name == "Flora" else 0  # steps in which the momentum moves to another basis
+    assert sizes == [5, *([10, 5] if moved else [5, 5]), 10 if moved else 5] + [1] * (20 + 5 * moved)
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
 def test_fake_tensors_leave_nothing_behind() -> None:

@@ -56,6 +56,16 @@ def canonical_packages(monkeypatch):
         monkeypatch.setattr(module, "torch", torch_seen_by_projectors)
 
 
+def use_stream(monkeypatch, stream) -> None:
+    """Have all random bases drawn by ``stream``, alone or several at once."""
+    monkeypatch.setattr(lowrank_ds.linalg, "gaussian", stream)
+    monkeypatch.setattr(
+        lowrank_ds.linalg,
+        "gaussians",
+        lambda draws, rank, device=None: [stream(key, rows.stop, rank, rows) for key, rows in draws],
+    )
+
+
 def package_stream(shapes, first, draw):
     """A stand-in for ``linalg.gaussian`` that answers with a package's own random matrices.
 
@@ -289,7 +299,7 @@ def apollo(cls, keys, hyper=None, **more):
 
 @pytest.fixture
 def apollo_stream(monkeypatch):
-    monkeypatch.setattr(lowrank_ds.linalg, "gaussian", package_stream(MATRICES, len(PLAIN) + 1, apollo_basis))
+    use_stream(monkeypatch, package_stream(MATRICES, len(PLAIN) + 1, apollo_basis))
 
 
 @pytest.mark.parametrize("proj, subspace", [("random", "gaussian"), ("svd", "svd")])
@@ -317,7 +327,7 @@ def test_apollo_mini(apollo_stream, keys):
 def test_apollo_adamw_control(monkeypatch, keys):
     if "seed" not in keys:  # without the package's stream, any seed of ours differs
         stream = package_stream(MATRICES, len(PLAIN) + 1, apollo_basis)
-        monkeypatch.setattr(lowrank_ds.linalg, "gaussian", stream)
+        use_stream(monkeypatch, stream)
     ours = apollo(lowrank_ds.ApolloAdamW, CHANNEL | keys)
     assert_different(ours, apollo(apollo_torch.APOLLOAdamW, CHANNEL, proj="random"))
 
@@ -343,7 +353,7 @@ def flora(cls, hyper, rank=6):
 @pytest.fixture
 def flora_stream(monkeypatch):
     first = FLORA["seed"] + len(PLAIN) + 1
-    monkeypatch.setattr(lowrank_ds.linalg, "gaussian", package_stream(MATRICES, first, flora_basis))
+    use_stream(monkeypatch, package_stream(MATRICES, first, flora_basis))
 
 
 @pytest.mark.parametrize("hyper", FLORA_CASES, ids=str)
@@ -378,14 +388,14 @@ def test_flora_drop_in(flora_stream):
 def test_flora_control(monkeypatch, hyper):
     if "seed" not in hyper:
         stream = package_stream(MATRICES, FLORA["seed"] + len(PLAIN) + 1, flora_basis)
-        monkeypatch.setattr(lowrank_ds.linalg, "gaussian", stream)
+        use_stream(monkeypatch, stream)
     assert_different(flora(lowrank_ds.Flora, FLORA | hyper), flora(flora_opt.Flora, FLORA))
 
 
 def test_flora_opt_skips_elongated_matrices(monkeypatch):
     """flora_opt silently keeps the full momentum of a matrix with max/min > 4, ours projects what it was asked to."""
     shapes = [(10, 41)]
-    monkeypatch.setattr(lowrank_ds.linalg, "gaussian", package_stream(shapes, FLORA["seed"] + 2, flora_basis))
+    use_stream(monkeypatch, package_stream(shapes, FLORA["seed"] + 2, flora_basis))
     theirs = flora(flora_opt.Flora, FLORA)
     assert_same(flora(lowrank_ds.Flora, FLORA, rank=None), theirs, matrices=shapes)
     assert_different(flora(lowrank_ds.Flora, FLORA), theirs, matrices=shapes)

@@ -32,7 +32,7 @@ WHAT = {
 
 def draw(device: torch.device) -> dict[str, str]:
     """{name: of WHAT, text}: a checksum of whole numbers, base64 of fp32 numbers otherwise."""
-    words = Noise(KEY, slice(0, 64), slice(0, 64), device).words(slice(0, 64)).cpu()
+    words = Noise([(KEY, slice(0, 64))], slice(0, 64), device).words(slice(0, 64)).cpu()
     bits = hashlib.sha256(bytes(words.view(torch.uint8).flatten().tolist())).hexdigest()[:16]
     normal = torch.randn(256, generator=torch.Generator().manual_seed(0))
     return {
@@ -57,7 +57,7 @@ def _train(device: torch.device) -> Tensor:
 
 def _matrix(name: object, device: torch.device) -> Tensor:
     """Entries (ROWS, COLUMNS) in [-1, 1), out of seeded bits."""
-    words = Noise((*KEY, name), slice(0, ROWS), slice(0, COLUMNS), device).words(slice(0, ROWS))
+    words = Noise([((*KEY, name), slice(0, ROWS))], slice(0, COLUMNS), device).words(slice(0, ROWS))
     return words.double().mul_(2.0**-31).float()
 
 
