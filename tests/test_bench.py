@@ -288,6 +288,8 @@ def test_gpu_on_a_cpu(capsys: pytest.CaptureFixture, tmp_path: Path, tiny: str) 
     assert status == 0, errors
     found = json.loads(out.read_text())
     assert found["measured"] and found["layers"][0]["dtype"] == "bfloat16" and found["layers"][0]["rank"] == 8
+    assert [cell["matmul_precision"] for cell in found["layers"]] == ["highest", "high"]
+    assert found["settings"]["matmul_precision"] == "high" and torch.get_float32_matmul_precision() == "highest"
     assert [row["name"] for row in found["training"]] == ["Q-GaLore, int8 weights"]
     assert found["training"][0]["tokens_per_s"] > 0 and found["training"][0]["peak_bytes"] is None
     assert "not measured" in printed  # peak memory, on a CPU

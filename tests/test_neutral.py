@@ -84,6 +84,8 @@ CHAINS = {
     "power": ("galore power rotate", [("zero2", 2), ("fsdp2", 3), ("one", 1)]),
     "meshes": ("galore right", [("hsdp", 4), ("fsdp2 tp", 4), ("zero3 layerwise", 3), ("ddp", 2), ("zero1", 2)]),
 }
+# Where rounding alone does more, as on CPUs with AVX-512 (fira, lr 1e-2: one ulp in the initial weights moves one process by
+# up to 2.9e-6), a few times of what it does; never more than tests/test_sharded.py allows.
 LIMIT = 2e-6
 EACH, LAST = 2, 5  # steps at each stop and at the last one
 
@@ -130,7 +132,18 @@ def test_other_world_sizes_and_engines() -> None:
                 names = [name for name in here if CHAINS[name][1][stop][1] == world]
                 found |= launch(world, stop_at, folder, stop, names)[world - 1]
     for name, (recipe, stops) in CHAINS.items():
-        run = neutral.start("one", recipe, 0, 1)
-        run.advance(range((len(stops) - 1) * EACH + LAST))
-        difference = training.largest_difference(run.weights(), found[name])
-        assert difference <= LIMIT, (name, difference)
+        steps = (len(stops) - 1) * EACH + LAST
+        whole = alone(recipe, steps)
+        difference = training.largest_difference(whole, found[name])
+        if difference > LIMIT:
+            ulp = max(training.largest_difference(whole, alone(recipe, steps, seed)) for seed in range(4))
+            assert difference <= min(4 * ulp, 1e-5), f"{name}: {difference:.1e}; one ulp does {ulp:.1e}"
+
+
+def alone(recipe: str, steps: int, ulp: int | None = None) -> dict[str, torch.Tensor]:
+    """Weights of one process that never stopped. ulp: a seed, for initial weights that are changed in the last bit."""
+    run = neutral.start("one", recipe, 0, 1)
+    if ulp is not None:
+        training.nudged(run.model, ulp)
+    run.advance(range(steps))
+    return run.weights()

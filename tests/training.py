@@ -103,13 +103,18 @@ def one_process(recipe: str, steps: int = STEPS, model: Any = None, **more: Any)
     return weights_of(model)
 
 
-def one_ulp_away(recipe: str) -> dict[str, torch.Tensor]:
-    """One process from initial weights changed in the last bit: how much rounding alone moves this recipe."""
-    model, generator = tiny_llama(), torch.Generator().manual_seed(0)
+def nudged(model: Any, seed: int = 0) -> Any:
+    """The model itself, its weights changed in the last bit."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1 + 6e-8 * torch.randn(p.shape, generator=generator).sign())
-    return one_process(recipe, model=model)
+    return model
+
+
+def one_ulp_away(recipe: str) -> dict[str, torch.Tensor]:
+    """One process from initial weights changed in the last bit: how much rounding alone moves this recipe."""
+    return one_process(recipe, model=nudged(tiny_llama()))
 
 
 def ddp(rank: int, world: int, recipe: str, steps: int = STEPS) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from lowrank_ds.bench import llama, micro, training
 from lowrank_ds.bench.facts import ROOT, version_of
 
 SHAPES = ("4096x4096", "4096x11008", "11008x4096")
+PRECISIONS = ("highest", "high")
 _SMALL_SHAPES = ("64x64", "64x96", "96x64")
 _TIMEOUT = 1800  # seconds for one way to train
 
@@ -40,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=10, help="timed steps of the whole model (default 10)")
     add("--subspace", default="power", choices=("svd", "randomized", "power"), help="of the whole model (default "
         "power)")  # fmt: skip
+    add("--matmul-precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="of products in fp32, as "
+        "torch.set_float32_matmul_precision has it (high: TF32); the whole model takes the last (default: "
+        f"{' '.join(PRECISIONS)})")  # fmt: skip
     add("--cells", nargs="+", metavar="NAME", default=None, help=f"ways to train: {', '.join(training.CELLS)}")
 
 
@@ -55,8 +59,9 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         return {"measured": False, "layers": [], "training": [], "missing": []}
     found: dict[str, Any] = {"measured": True, "layers": [], "training": [], "missing": []}
     if given.layers:
-        cells = micro.run(_as_micro(given))
-        found |= {"layers": cells["results"], "missing": cells["missing"]}
+        for precision in given.matmul_precision:
+            cells = _layers(given, precision)
+            found = {**found, "layers": found["layers"] + cells["results"], "missing": cells["missing"]}
     if given.training:
         settings = _settings(given)
         found["settings"] = settings
@@ -68,6 +73,19 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
             found["training"].append({"name": name, **in_a_process({**settings, "cell": name})})
             given.progress(f"{name} done")
     return found
+
+
+def _layers(given: argparse.Namespace, precision: str) -> dict[str, Any]:
+    """What `micro` finds for the layer shapes, with products in this precision."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        cells = micro.run(_as_micro(given))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for cell in cells["results"]:
+        cell["matmul_precision"] = precision
+    return cells
 
 
 def _as_micro(given: argparse.Namespace) -> argparse.Namespace:
@@ -90,7 +108,7 @@ def _settings(given: argparse.Namespace) -> dict[str, Any]:
     return {
         "config": config, "device": given.device, "rank": given.rank or config["hidden_size"] // 4,
         "batch": given.batch, "length": length, "steps": given.steps, "subspace": given.subspace,
-        "threads": given.threads,
+        "threads": given.threads, "matmul_precision": given.matmul_precision[-1],
     }  # fmt: skip
 
 

@@ -75,7 +75,8 @@ def micro(found: dict[str, Any]) -> str:
 
 
 def _cell(cell: dict[str, Any]) -> str:
-    return f"{cell['shape'][0]}x{cell['shape'][1]}, rank {cell['rank']}, {cell['dtype']}"
+    products = f", products in fp32 {cell['matmul_precision']}" if "matmul_precision" in cell else ""
+    return f"{cell['shape'][0]}x{cell['shape'][1]}, rank {cell['rank']}, {cell['dtype']}{products}"
 
 
 def _summary(cells: list[dict[str, Any]]) -> str:
@@ -240,7 +241,8 @@ def _training(found: dict[str, Any]) -> str:
     config = given["config"]
     size = f"{config['num_hidden_layers']} layers of width {config['hidden_size']}"
     title = (f"### Training step, LLaMA of {size}, bf16, {given['batch']} x {given['length']} tokens, rank "
-             f"{given['rank']}, {given['subspace']}, activation checkpointing; ours layer-wise")  # fmt: skip
+             f"{given['rank']}, {given['subspace']}, products in fp32 {given['matmul_precision']}, activation "
+             "checkpointing; ours layer-wise")  # fmt: skip
     head = ["optimizer", "ms a step: median (min)", "tokens/s", "first step (refresh), ms", "peak GiB", "weights GiB",
             "state GiB"]  # fmt: skip
     rows = []

@@ -150,6 +150,7 @@ def main() -> None:
     """Command line: SETTINGS (JSON) and the file to write."""
     settings, out = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
     torch.set_num_threads(settings["threads"])
+    torch.set_float32_matmul_precision(settings["matmul_precision"])
     try:
         found = measure(settings)
     except torch.OutOfMemoryError as error:
