@@ -65,7 +65,7 @@ def project(job: Job) -> Steps:
 
 def basis_of(job: Job, side) -> Steps:
     """(the basis that the sums are coordinates in, the largest gradient magnitude so far (0-d) over all ranks)."""
-    peaks = ask_peaks(job)
+    peaks = ask_peaks(job, linalg.peak(job.grad))  # it is stored: what every sharding finds
     if job.recipe.accumulation.rank is not None or job.recipe.subspace.method == "gaussian":
         largest = yield peaks
         basis = side.random(_key(job), job.weight.device)
@@ -92,7 +92,7 @@ def _key(job: Job) -> tuple:
 
 
 def ask_peaks(job: Job, known: Tensor | None = None) -> Gather:
-    """Each holder's largest gradient magnitude (without a gradient: of the sums, which one rank may have spoiled; of
+    """Each holder's `linalg.bound` of the gradient (without a gradient: of the sums, which one rank may have spoiled; of
     coordinates that have come in its place).
 
     known: this rank's (0-d), where it was computed with something else.
@@ -100,9 +100,9 @@ def ask_peaks(job: Job, known: Tensor | None = None) -> Gather:
     axis = job.layout.even(job.layout.takers)  # one line each
     mine = known
     if mine is None and job.arrived is not None:
-        mine = linalg.peak(job.arrived)
+        mine = linalg.bound(job.arrived)
     elif mine is None:
-        mine = job.state["accumulated_peak"] if job.grad is None else linalg.peak(job.grad)
+        mine = job.state["accumulated_peak"] if job.grad is None else linalg.bound(job.grad)
     return Gather(mine.view(1)[: axis.count], axis)
 
 

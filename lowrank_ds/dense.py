@@ -53,7 +53,7 @@ def _multiplied(a: Tensor, b: Tensor, room: Tensor) -> Tensor:
 
 
 class Sums(NamedTuple):
-    """Of the squared gradient: rows (l,), columns (w,); and its largest magnitude (0-d)."""
+    """Of the squared gradient: rows (l,), columns (w,); and `linalg.bound` of the gradient (0-d)."""
 
     rows: Tensor
     columns: Tensor
@@ -63,14 +63,13 @@ class Sums(NamedTuple):
 def square_sums(job: Job) -> Sums:
     """In one pass over this rank's entries."""
     rows, columns = (torch.zeros(k, device=job.grad.device) for k in (job.layout.rows, job.layout.cols))
-    extremes, room = [rows.new_zeros(())], _scratch(job)
+    room = _scratch(job)
     for chunk in chunks(job):
         grad = chunk.of(job.grad).float()
-        extremes += torch.aminmax(grad)
         square = _multiplied(grad, grad, room)
         rows[chunk.rows] += square.sum(1)
         columns[chunk.cols] += square.sum(0)
-    return Sums(rows, columns, linalg.peak(torch.stack(extremes)))
+    return Sums(rows, columns, linalg.bound(job.grad, rows))
 
 
 class Update:
@@ -130,14 +129,16 @@ class Factored(Update):
 
     def factors(self, chunk: Block) -> tuple[Tensor, Tensor]:
         """(G o c, r)."""
-        return linalg.finite_(self._scaled(chunk)), self.touched[chunk.rows].unsqueeze(1)
+        scaled = self._scaled(chunk)
+        if not getattr(self.job.live, "known", False):
+            scaled = linalg.finite_(scaled)
+        return scaled, self.touched[chunk.rows].unsqueeze(1)
 
     def square_sum(self) -> Tensor:
         """The sum of squares of the entries held here (0-d); meaningless when not live."""
         sums = self.touched.new_zeros(self.job.layout.rows)
         for chunk in chunks(self.job):
-            scaled = self._scaled(chunk)
-            sums[chunk.rows] += scaled.mul_(scaled).sum(1)
+            sums[chunk.rows] += torch.linalg.vector_norm(self._scaled(chunk), dim=1).square_()
         return (sums.sqrt() * self.touched).square().sum()  # r^2 overflows where a row is empty
 
     def down(self, side, basis: dict[str, Tensor]) -> Steps:

@@ -129,9 +129,10 @@ def projected_gradient(job: Job) -> Steps:
         yield from _refresh(job, side)
     elif job.refresh and recipe.subspace.on_refresh == "reset":
         _reset(job)
-    basis, live = yield from _basis(job, side)
+    known = _line_squares(job, side)
+    basis, live = yield from _basis(job, side, known)
     summed = job.micro_batches
-    coords, squares = yield from _coordinates(job, side, basis)
+    coords, squares = yield from _coordinates(job, side, basis, known)
     coords = where_live(live, coords)
     if job.refresh and len(side.bases) == 2:
         coords = yield from _without_noise(coords, side.lines)
@@ -162,8 +163,19 @@ def _inside(job: Job, side, basis, coords: Tensor) -> Steps:
     return ((coords @ gram) * coords).sum(1)
 
 
-def _coordinates(job: Job, side, basis) -> Steps:
-    """Coordinates (kept, r) of the whole step's gradient and, if the residual needs them, its lines' squared norms."""
+def _line_squares(job: Job, side) -> Tensor | None:
+    """What the residual will need of the lines held here (touched,), if a CPU can tell from it that G is finite."""
+    whole = job.grad is not None and job.arrived is None and not job.micro_batches
+    if not whole or not job.recipe.residual.needs_squares or job.grad.dtype != torch.float32:
+        return None
+    return side.square_sums(job.grad) if job.grad.device.type == "cpu" else None
+
+
+def _coordinates(job: Job, side, basis, known: Tensor | None = None) -> Steps:
+    """Coordinates (kept, r) of the whole step's gradient and, if the residual needs them, its lines' squared norms.
+
+    known: these, as far as they are held here.
+    """
     if job.arrived is not None:
         return job.arrived, None
     before = job.state["accumulated"].clone() if job.micro_batches else None
@@ -171,7 +183,7 @@ def _coordinates(job: Job, side, basis) -> Steps:
         accumulate.clear(job.state)
     if job.grad is None:
         return before, None
-    coords, squares = yield from side.down(job.grad, basis, job.recipe.residual.needs_squares)
+    coords, squares = yield from side.down(job.grad, basis, job.recipe.residual.needs_squares, known)
     return coords if before is None else before.add_(coords), squares
 
 
@@ -244,11 +256,15 @@ def _reset(job: Job) -> None:
             job.state[name].zero_()
 
 
-def _basis(job: Job, side) -> Steps:
-    """The basis as the projection needs it, and whether the whole gradient is finite (1.0 or 0.0, on the device)."""
+def _basis(job: Job, side, squares: Tensor | None = None) -> Steps:
+    """The basis as the projection needs it, and whether the whole gradient is finite (1.0 or 0.0, on the device).
+
+    squares: sums of squares of parts of the gradient held here, where they are known.
+    """
     gaussian = job.recipe.subspace.method == "gaussian"
     asked = () if gaussian else side.requests(job.state)
-    *answers, peaks = yield (*asked, accumulate.ask_peaks(job))
+    known = None if squares is None else linalg.bound(job.grad, squares)
+    *answers, peaks = yield (*asked, accumulate.ask_peaks(job, known))
     if gaussian:
         (key,) = _random_keys(job)
         basis = side.random(key, job.weight.device, job.draws)

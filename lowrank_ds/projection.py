@@ -110,22 +110,40 @@ class OneSided:
         """Sums of squares of the lines of a block."""
         raise NotImplementedError
 
-    def down(self, source: Tensor, basis: Basis, squares: bool) -> Steps:
-        """Entries (numel,) to coordinates (kept, r) and, if asked, squared norms of the lines (kept,)."""
+    def down(self, source: Tensor, basis: Basis, squares: bool, known: Tensor | None = None) -> Steps:
+        """Entries (numel,) to coordinates (kept, r) and, if asked, squared norms of the lines (kept,).
+
+        known: `square_sums` of the same entries.
+        """
         pieces, stored = tuple(self.layout.fp32_pieces(source)), basis["projector"]
         if len(pieces) == 1 and self.layout.dense:
             g = pieces[0].of(source).float()
-            coords, norms = torch.mm(self._by_lines(g), stored), self._squares(g) if squares else None
+            coords, norms = torch.mm(self._by_lines(g), stored), known
+            if squares and known is None:
+                norms = self._squares(g)
         else:
-            touched = self.lines_axis.window.stop - self.lines_axis.window.start
-            coords = source.new_zeros(touched, self.rank, dtype=torch.float32)
-            norms = coords.new_zeros(touched) if squares else None
+            coords = source.new_zeros(self._touched, self.rank, dtype=torch.float32)
+            norms = coords.new_zeros(self._touched) if squares and known is None else known
             for piece in pieces:
                 g, (lines, across) = piece.of(source).float(), self._parts(piece)
                 coords[lines].addmm_(self._by_lines(g), stored[across])
-                if squares:
+                if squares and known is None:
                     norms[lines] += self._squares(g)
         return (yield from self._complete(coords, norms))
+
+    def square_sums(self, source: Tensor) -> Tensor:
+        """Sums of squares of the lines of fp32 entries (numel,), as far as they are held here: (touched,)."""
+        if len(self.layout.blocks) == 1 and self.layout.dense:
+            return self._squares(self.layout.blocks[0].of(source))
+        sums = source.new_zeros(self._touched)
+        for block in self.layout.blocks:
+            sums[self._parts(block)[0]] += self._squares(block.of(source))
+        return sums
+
+    @property
+    def _touched(self) -> int:
+        """Lines touched here."""
+        return self.lines_axis.window.stop - self.lines_axis.window.start
 
     def _complete(self, coords: Tensor, norms: Tensor | None) -> Steps:
         """Total coordinates (touched, r) and, if given, norms (touched,) over the ranks, in one message."""
@@ -262,7 +280,7 @@ class TwoSided:
         left = iter(answers)
         return {name: stored[name] if axis.settled else next(left) for name, axis in self.basis_axes().items()}
 
-    def down(self, source: Tensor, basis: Basis, squares: bool) -> Steps:
+    def down(self, source: Tensor, basis: Basis, squares: bool, known: None = None) -> Steps:
         """Entries (numel,) to coordinates (kept of r, r); line norms have no meaning here."""
         partial = source.new_zeros(self.rank, self.rank, dtype=torch.float32)
         for block in self.layout.fp32_pieces(source):
