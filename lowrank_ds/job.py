@@ -176,8 +176,10 @@ def _subtract_scaled(weight: Tensor, source: Tensor, lines: Tensor, step_size: f
     temporary of a step.
     """
     lines = lines.to(weight.dtype)
-    as_it_is = getattr(live, "known", False) and source.dtype == weight.dtype
-    height = len(weight) if as_it_is else max(1, _PIECE // weight.shape[1])
+    if getattr(live, "known", False) and source.dtype == weight.dtype:
+        weight.addcmul_(source, lines, value=-step_size)
+        return
+    height = max(1, _PIECE // weight.shape[1])
     each = lines.split(height) if lines.dim() == 2 else itertools.repeat(lines)
     for some, of_source, by in zip(weight.split(height), source.split(height), each, strict=False):
         some.addcmul_(where_live(live, of_source).to(weight.dtype), by, value=-step_size)

@@ -133,6 +133,8 @@ def projected_gradient(job: Job) -> Steps:
     basis, live = yield from _basis(job, side, known)
     summed = job.micro_batches
     coords, squares = yield from _coordinates(job, side, basis, known)
+    if not side.lines_axis.crossed:
+        yield ()  # other matrices complete their lines: then all ask for their sums in one round
     coords = where_live(live, coords)
     if job.refresh and len(side.bases) == 2:
         coords = yield from _without_noise(coords, side.lines)
@@ -346,7 +348,8 @@ def _mixed_square(side, own: Tensor, coords: Tensor, momentum: Tensor, gram: Ten
     own: |U|^2 of the entries held here.
     """
     counted = side.lines_axis.owned
-    mixed, past = ((each * momentum)[counted].sum() for each in (coords, momentum @ gram))
+    ours = momentum[counted].reshape(-1)
+    mixed, past = (torch.dot(each[counted].reshape(-1), ours) for each in (coords, momentum @ gram))
     own, mixed, past = yield Sum(torch.stack([own, mixed, past]))
     return ((1 - beta1) ** 2 * own + 2 * beta1 * (1 - beta1) * mixed + beta1**2 * past).clamp_min(0)
 
@@ -354,8 +357,8 @@ def _mixed_square(side, own: Tensor, coords: Tensor, momentum: Tensor, gram: Ten
 def _preconditioned(job: Job, *more: Steps) -> Steps:
     """(Adafactor's raw update of the whole matrix as `dense.Update`, liveness, what `more` found), moments moved.
 
-    Everything is asked for at once. Beside GaLore's matrices, which ask for their basis first and for sums later, the
-    sums wait for a round, so that they share theirs.
+    Everything is asked for at once. Beside GaLore's matrices, which ask for their basis, then complete their lines, and
+    then ask for sums, the sums wait for two rounds, so that they share theirs.
     """
     layout, rule, state = job.layout, job.recipe.rule, job.state
     decay = 1 - rule.decay(job.step)
@@ -364,6 +367,9 @@ def _preconditioned(job: Job, *more: Steps) -> Steps:
         live = _live(job, peaks)
         update = dense.Full(job, state["exp_avg_sq"].view(-1))
         update.move(live * decay, rule.eps[0])
+        if not rule.momentum_first:
+            yield ()  # for the rounds of those that are factored
+            yield ()
         return update, live, found
     sums, columns = dense.square_sums(job), layout.even(layout.shape[1])
     first = ask(accumulate.ask_peaks(job, sums.peak))
@@ -376,6 +382,7 @@ def _preconditioned(job: Job, *more: Steps) -> Steps:
         peaks, rows, means, *found = yield from together(first, *rest)
     else:
         peaks = yield from first
+        yield ()
         rows, means, *found = yield from together(*rest)
     live = _live(job, peaks)
     rows, means = where_live(live, rows.squeeze(1)), torch.stack([where_live(live, means[0]), means[1]])

@@ -115,9 +115,8 @@ class ScaleResidual:
         # A gradient inside the subspace leaves a residual of rounding noise: not a norm to remember.
         total = torch.where(total > 1e-6 * whole, total, 0.0)
         limit = limit_growth(total.sqrt(), state["residual_norm"], self.growth, live)
-        phi = phi * limit
-        outer = 1.0 if self.form == "code" else self.alpha
-        return outer * phi, direction.mul_(self.alpha).addcmul_(coords, phi.unsqueeze(1), value=-outer * c), limit
+        phi = phi * (limit if self.form == "code" else self.alpha * limit)
+        return phi, direction.mul_(self.alpha).addcmul_(coords, phi.unsqueeze(1), value=-c), limit
 
 
 @dataclass(frozen=True)

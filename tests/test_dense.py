@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ds
-from lowrank_ds import dense
+from lowrank_ds import dense, linalg
 from lowrank_ds.bench.tracking import Tracker
 from lowrank_ds.job import Job
 from lowrank_ds.layout import Flat
@@ -73,16 +73,33 @@ def test_blocks_are_those_of_the_whole(kind: int) -> None:
 
 
 def test_sums_of_squares_and_the_largest() -> None:
-    """Rows, columns and peak in one pass; NaN anywhere makes the peak NaN."""
+    """Rows, columns and a bound of the peak in one pass; NaN anywhere makes it NaN."""
     grad = gradient()
     found = dense.square_sums(job_of(grad))
     torch.testing.assert_close(found.rows.double(), grad.double().square().sum(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(found.columns.double(), grad.double().square().sum(0), rtol=1e-6, atol=0)
-    assert found.peak == grad.abs().max()
+    assert grad.abs().max() <= found.peak == found.rows.max().sqrt()
     grad[700, 3] = math.nan
     assert dense.square_sums(job_of(grad)).peak.isnan()
     grad[700, 3] = -math.inf
     assert dense.square_sums(job_of(grad)).peak == math.inf
+
+
+@pytest.mark.parametrize("kind", ["all", "rows", "columns", "bf16 rows"])
+def test_the_bound_is_usable_just_where_the_largest_magnitude_is(kind: str) -> None:
+    """On both sides of the limit, with many large entries whose squares add up beyond it, NaN, infinity, nothing."""
+    limit = linalg.LARGEST_GRADIENT
+    for large in (0.0, 1e-30, 1.0, 1e12, 1e13, 1e14, 0.9999 * limit, 1.0001 * limit, 3e19, 1e38, math.inf, math.nan):
+        for filled in (1, 900):
+            x = torch.full((30, 30), 1e-3)
+            x.view(-1)[-filled:] = -large
+            x = x.bfloat16() if kind == "bf16 rows" else x
+            sums = None if kind == "all" else x.float().square().sum(0 if kind == "columns" else 1)
+            found, peak = linalg.bound(x.view(-1), sums), linalg.peak(x)
+            assert bool(linalg.is_usable(found)) == bool(linalg.is_usable(peak)), (large, filled)
+            tiny = peak < 1e-18  # its square is 0
+            assert found.isnan() if peak.isnan() else tiny or found >= peak * (1 - 1e-6)
+    assert linalg.bound(torch.zeros(0), None if kind == "all" else torch.zeros(0)) == 0
 
 
 def cells() -> list:
