@@ -100,7 +100,7 @@ def ask_peaks(job: Job, known: Tensor | None = None) -> Gather:
     axis = job.layout.even(job.layout.takers)  # one line each
     mine = known
     if mine is None and job.arrived is not None:
-        mine = linalg.bound(job.arrived)
+        mine = linalg.peak(job.arrived)
     elif mine is None:
         mine = job.state["accumulated_peak"] if job.grad is None else linalg.bound(job.grad)
     return Gather(mine.view(1)[: axis.count], axis)
