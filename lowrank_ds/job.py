@@ -216,5 +216,6 @@ def round_back(job: Job, weight: Tensor, block: Block) -> None:
         return
     stored = block.of(job.weight)
     if stored.dtype == torch.bfloat16 and job.stochastic_rounding:
-        weight = linalg.stochastic_round(weight, key, *place)
-    stored.copy_(weight)
+        linalg.stochastic_round(weight, key, *place, out=stored)
+    else:
+        stored.copy_(weight)
