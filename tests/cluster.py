@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -72,6 +73,7 @@ def _worker(rank: int, world: int, store: str, results: Any, function: Callable,
     import torch
     import torch.distributed as dist
 
+    faulthandler.enable()  # a rank that crashes says where
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", store, datetime.timedelta(seconds=120), world, rank)
