@@ -92,8 +92,8 @@ def _key(job: Job) -> tuple:
 
 
 def ask_peaks(job: Job, known: Tensor | None = None) -> Gather:
-    """Each holder's `linalg.bound` of the gradient (without a gradient: of the sums, which one rank may have spoiled; of
-    coordinates that have come in its place).
+    """Each holder's `linalg.bound` of the gradient (without one: the largest magnitude in the sums, which one rank may
+    have spoiled; in coordinates that have come in its place).
 
     known: this rank's (0-d), where it was computed with something else.
     """

@@ -60,8 +60,8 @@ def peak(x: Tensor) -> Tensor:
 def bound(x: Tensor, squares: Tensor | None = None) -> Tensor:
     """At least the largest magnitude in x (or less than 1e-18), 0-d fp32, and usable (`is_usable`) just where that is.
 
-    On a CPU out of sums of squares, where these are far from overflow: of all of x (numel,), in half the time of `peak`,
-    or of parts that cover x, `squares` (parts,), which cost nothing more.
+    On a CPU out of sums of squares, where these are far from overflow: of all of x (numel,), in half the time of
+    `peak`, or of parts that cover x, `squares` (parts,), which cost nothing more.
     """
     if type(x) is not Tensor or x.device.type != "cpu" or not x.numel():
         return peak(x)

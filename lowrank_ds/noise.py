@@ -34,7 +34,9 @@ class Noise:
             matrix. columns: of all of them.
     """
 
-    def __init__(self, streams: Sequence[tuple[tuple, slice]], columns: slice, device: torch.device | None = None):
+    def __init__(
+        self, streams: Sequence[tuple[tuple, slice]], columns: slice, device: torch.device | None = None
+    ) -> None:
         counts = [rows.stop - rows.start for _, rows in streams]
         # a row's number times golden ratio plus seed, where rows are counted through all rectangles
         starts = [

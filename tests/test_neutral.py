@@ -84,8 +84,8 @@ CHAINS = {
     "power": ("galore power rotate", [("zero2", 2), ("fsdp2", 3), ("one", 1)]),
     "meshes": ("galore right", [("hsdp", 4), ("fsdp2 tp", 4), ("zero3 layerwise", 3), ("ddp", 2), ("zero1", 2)]),
 }
-# Where rounding alone does more, as on CPUs with AVX-512 (fira, lr 1e-2: one ulp in the initial weights moves one process by
-# up to 2.9e-6), a few times of what it does; never more than tests/test_sharded.py allows.
+# Where rounding alone does more, as on CPUs with AVX-512 (fira, lr 1e-2: one ulp in the initial weights moves one
+# process by up to 2.9e-6), a few times of what it does; never more than tests/test_sharded.py allows.
 LIMIT = 2e-6
 EACH, LAST = 2, 5  # steps at each stop and at the last one
 
