@@ -57,7 +57,7 @@ class Sums(NamedTuple):
 
     rows: Tensor
     columns: Tensor
-    peak: Tensor
+    bound: Tensor
 
 
 def square_sums(job: Job) -> Sums:

@@ -106,7 +106,8 @@ def correction_side(layout: Layout, recipe: Recipe) -> Right:
 
 def random_bases(job: Job) -> list[tuple[tuple, slice, int, torch.device]]:
     """(key, rows touched here, rank, device) of the random bases that this step of a projected matrix takes."""
-    if job.recipe.subspace is None or job.recipe.subspace.method != "gaussian":
+    how = job.recipe.subspace
+    if how is None or (how.method != "gaussian" and job.recipe.momentum is None):
         return []
     side = side_of(job.layout, job.recipe)
     return [(key, side.basis_axis.window, side.rank, job.weight.device) for key in _random_keys(job)]
@@ -372,7 +373,7 @@ def _preconditioned(job: Job, *more: Steps) -> Steps:
             yield ()
         return update, live, found
     sums, columns = dense.square_sums(job), layout.even(layout.shape[1])
-    first = ask(accumulate.ask_peaks(job, sums.peak))
+    first = ask(accumulate.ask_peaks(job, sums.bound))
     rest = (
         layout.rows_axis.complete(sums.rows.unsqueeze(1)),
         ask(rule.ask_columns(sums.columns, state, columns, layout.cols_axis.window)),

@@ -265,6 +265,8 @@ def test_collectives_per_step_do_not_grow_with_depth(capsys: pytest.CaptureFixtu
         assert calls == deep[recipe][0] <= at_most(recipe), recipe
         assert kinds == deep[recipe][2], recipe
     assert shallow["galore right"][2] == {"all_gather": 1}
+    # all matrices ask for their sums in one round, also those that complete no lines before
+    assert [shallow[recipe][2]["all_reduce"] for recipe in ("fira", "apollo", "galore adafactor")] == [1, 1, 2]
 
 
 LARGER = {"hidden_size": 132, "intermediate_size": 356, "num_hidden_layers": 3, "num_key_value_heads": 3,
